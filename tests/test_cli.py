@@ -1,0 +1,114 @@
+"""The command line: what is asked wrongly is answered in one line with exit code 2, and leaves nothing behind."""
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+
+from oprd_nb.cli import BEST_LEARNING_RATE, COMMANDS, TrainArguments, main, objective_of
+from oprd_nb.core import Rollouts
+
+SHORT = ["--max_steps", "2", "--max_completion_length", "40", "--bf16", "False", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1",
+         "--use_cpu", "True", "--save_strategy", "no", "--learning_rate", "1e-3"]
+
+
+def train(folder, *changes, student="embedded/student", teacher="embedded/teacher", prompts="arithmetic"):
+    return main(["train", "--student", student, "--teacher", teacher, "--prompts", str(prompts), "--output_dir", str(folder / "run"), *SHORT, *changes])
+
+
+def test_every_command_lists_its_settings(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_train_writes_a_whole_run_folder(tmp_path, capsys):
+    assert train(tmp_path, "--test", "arithmetic", "--samples", "1") == 0
+    folder = tmp_path / "run"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == "oprd"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 <= summary["before/avg@1"]["low"] <= summary["before/avg@1"]["value"] <= summary["before/avg@1"]["high"] <= 1 and summary["steps"] == 2
+    assert len(pd.read_parquet(folder / "eval" / "after.parquet")) == 200
+    assert "run folder:" in capsys.readouterr().out
+    assert main(["report", "--runs", str(folder), "--out", str(tmp_path / "report.html")]) == 0 and (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_the_same_command_again_starts_afresh(tmp_path):
+    for _ in range(2):
+        assert train(tmp_path, "--test", "arithmetic", "--samples", "1", "--learning_rate", "1e-3") == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 6
+
+
+@pytest.mark.parametrize("method, mu, names", [("oprd", 0, ["rep"]), ("opd-full", 0, ["full"]), ("opd-topk", 0, ["topk"]), ("opd-sampled", 10, ["sampled", "rep"])])
+def test_methods_by_name(method, mu, names):
+    objective = objective_of(TrainArguments("s", "t", "p", method=method, mu=mu, layers="last"))
+    assert [term.name for _, term in objective.terms] == names and (not mu or objective.terms[-1][0] == mu)
+
+
+def bad_inputs(folder):
+    pd.DataFrame({"question": ["1+1"], "answer": ["2"]}).to_parquet(folder / "no_prompt.parquet")
+    (folder / "torn.safetensors").write_bytes(b"torn")
+    stored = Rollouts.from_ids([[4, 7, 2, 5]], [[7, 2]], 0)
+    Rollouts(stored.input_ids, stored.attention_mask, stored.response_mask & False).save(folder / "empty.safetensors")
+    return {
+        "an unknown layer": (dict(changes=["--layers", "9"]), "layers='9'", "layers 1 to 4"),
+        "an empty response": (dict(changes=["--replay", str(folder / "empty.safetensors")]), "response", "empty"),
+        "no prompt column": (dict(prompts=folder / "no_prompt.parquet"), "no_prompt.parquet", "prompt"),
+        "a missing prompts file": (dict(prompts=folder / "missing.parquet"), "missing.parquet", "parquet"),
+        "a missing student": (dict(student="no/such-model"), "model='no/such-model'", "give a model folder"),
+        "a missing teacher": (dict(teacher=str(folder / "nowhere")), "nowhere", "give a model folder"),
+        "a tokenizer that does not fit": (dict(teacher="embedded/teacher_tokens", changes=["--method", "opd-full"]), "different tokenizers", "bridge"),
+        "a student's tokenizer that does not fit": (dict(changes=["--student_tokenizer", "embedded/teacher_tokens"]), "tokenizer", "own tokenizer"),
+        "another width": (dict(teacher="embedded/teacher_wide"), "bridge=None", "fit a bridge"),
+        "an unknown method": (dict(changes=["--method", "magic"]), "method='magic'", "use one of"),
+        "an unknown distance": (dict(changes=["--distance", "l3"]), "distance='l3'", "use one of"),
+        "unknown positions": (dict(changes=["--positions", "end"]), "positions='end'", "use 'all'"),
+        "torn rollouts": (dict(changes=["--replay", str(folder / "torn.safetensors")]), "torn.safetensors", "Rollouts.save"),
+        "generations that do not divide": (dict(changes=["--num_generations", "3"]), "num_generations=3", "change per_device"),
+    }
+
+
+@pytest.mark.parametrize("case", [
+    "an unknown layer", "an empty response", "no prompt column", "a missing prompts file", "a missing student", "a missing teacher", "a tokenizer that does not fit",
+    "a student's tokenizer that does not fit", "another width", "an unknown method", "an unknown distance", "unknown positions", "torn rollouts",
+    "generations that do not divide"])
+def test_bad_input_is_one_line(case, tmp_path, capsys):
+    options, named, way_out = bad_inputs(tmp_path)[case]
+    assert train(tmp_path, *options.pop("changes", []), **options) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("oprd train: ")]
+    assert len(lines) == 1 and "Traceback" not in error and named in lines[0] and way_out in lines[0], error
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_in_a_real_process(tmp_path):
+    """The installed command, as a shell sees it."""
+    command = [os.path.join(os.path.dirname(sys.executable), "oprd"), "eval", "--models", "no/such-model", "--task", "aime24"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_unknown_flags_and_commands():
+    assert main(["magic"]) == 2 and main([]) == 2
+    assert main(["demo", "--magic", "1"]) == 2
+
+
+def test_evaluates_models_side_by_side(tmp_path, capsys):
+    assert main(["eval", "--models", "embedded/student", "embedded/teacher", "--task", "arithmetic", "--samples", "1", "--max_new_tokens", "40", "--limit", "20",
+                 "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "embedded/student" in shown and "embedded/teacher" in shown and len(list(tmp_path.glob("*.parquet"))) == 2
+
+
+def test_demo_uses_the_learning_rates_the_sweep_found():
+    from check_sync import ROOT
+    table = pd.read_csv(ROOT / "nbs" / "results" / "same_sweep.csv")
+    for method, rows in table.groupby("method"):
+        rates, best = sorted(rows.learning_rate), rows.loc[rows.accuracy.idxmax(), "learning_rate"]
+        assert BEST_LEARNING_RATE[method] == pytest.approx(best) and len(rates) >= 5 and best not in (rates[0], rates[-1])

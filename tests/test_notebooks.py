@@ -1,0 +1,44 @@
+"""Every notebook runs from top to bottom, counted one by one; and what is saved in it is small and clean."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from check_sync import ROOT, differing
+from nbdev.test import test_nb as run_notebook
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_notebook_runs(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    passed, seconds = run_notebook(path)
+    assert passed, f"{path.name} failed after {seconds:.0f} s; its traceback is above"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_notebook_is_small_and_clean(path):
+    content = json.loads(path.read_text())
+    assert path.stat().st_size <= 400_000
+    assert "widgets" not in content["metadata"]
+    errors = [o for c in content["cells"] if c["cell_type"] == "code" for o in c["outputs"] if o["output_type"] == "error"]
+    assert not errors
+
+
+def test_package_and_notebooks_agree():
+    assert differing() == []
+
+
+def test_readme_is_the_index_notebook():
+    written = subprocess.run([sys.executable, ROOT / "tests" / "write_readme.py", "--print"], capture_output=True, text=True, check=True, env=os.environ).stdout
+    assert (ROOT / "README.md").read_text() == written
+
+
+def test_exported_cells_stay_short():
+    long = {f"{path.name}: {''.join(c['source']).splitlines()[1]}": n for path in NOTEBOOKS for c in json.loads(path.read_text())["cells"]
+            if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| export") and (n := len("".join(c["source"]).splitlines())) > 60}
+    assert not long

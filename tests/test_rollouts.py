@@ -1,0 +1,85 @@
+"""Samplers: what they promise to every caller."""
+import pytest
+import torch
+from conftest import tiny_qwen3
+
+from oprd_nb.core import Rollouts
+from oprd_nb.models import end_tokens, load_model
+from oprd_nb.rollouts import HFSampler, ReplaySampler, encode_prompts
+
+
+def test_batches_change_neither_order_nor_greedy_answers(same):
+    prompts = same.task.test["prompt"][:7]
+    answers = [HFSampler(same.student, same.tokenizer, batch_size=size).sample(prompts, n=2, temperature=0, max_new_tokens=12).responses() for size in (3, 64)]
+    assert answers[0] == answers[1] and all(answers[0][i] == answers[0][i + 1] for i in range(0, 14, 2))
+
+
+def test_a_stored_generation_configuration_does_not_leak_in(same):
+    """A chat model's top_p, top_k or repetition penalty would make rollouts that are not on-policy."""
+    sampler = HFSampler(same.student, same.tokenizer)
+    plain = sampler.sample(same.task.test["prompt"][:8], max_new_tokens=12, seed=3).responses()
+    same.student.generation_config.update(top_p=0.1, top_k=1, repetition_penalty=5.0, temperature=0.01)
+    assert sampler.sample(same.task.test["prompt"][:8], max_new_tokens=12, seed=3).responses() == plain
+    assert same.student.generation_config.top_k == 1  # and is left as it was
+
+
+def test_training_mode_and_random_state_survive(same):
+    same.student.train()
+    state = torch.get_rng_state()
+    HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:2], max_new_tokens=3)
+    assert same.student.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_declared_end_of_turn_ends_a_response(same):
+    same.student.generation_config.eos_token_id = [5, 2]
+    assert end_tokens(same.student, same.tokenizer) == [2, 5]
+
+
+def test_sampled_frequencies_are_the_models():
+    """Temperature 1 without filters: the first token's frequencies match the model's distribution (chi-squared)."""
+    from scipy import stats
+
+    from oprd_nb.models import embedded
+    pair = embedded("same")
+    model = tiny_qwen3(vocab_size=21)
+    prompt = [4, 7, 9]
+    first = [r[0] for r in HFSampler(model, pair.tokenizer, batch_size=4000).sample([prompt], n=4000, max_new_tokens=1, seed=0).responses()]
+    expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach().double().softmax(-1).numpy() * 4000
+    observed = torch.bincount(torch.tensor(first), minlength=21).numpy()
+    assert stats.chisquare(observed, expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize("options, message", [(dict(n=0), "n=0"), (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(temperature=-1), "temperature=-1")])
+def test_bad_settings(options, message, same):
+    with pytest.raises(ValueError, match=message):
+        HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:1], **options)
+
+
+def test_no_prompts_and_no_template(same):
+    with pytest.raises(ValueError, match="prompts is empty"):
+        encode_prompts(same.tokenizer, [])
+    same.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_prompts(same.tokenizer, same.task.test["prompt"][:1])
+
+
+def test_replay_returns_stored_responses_in_turn(same):
+    stored = Rollouts.from_ids([[5, 6], [5, 6], [7]], [[8], [9], [10, 11]], 0)
+    replay = ReplaySampler(stored, same.tokenizer)
+    assert replay.sample([[5, 6], [7]], n=3).responses() == [[8], [9], [8], [10, 11], [10, 11], [10, 11]]
+    assert replay.sample([[7]], max_new_tokens=1).responses() == [[10]]
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_quantised_models_load_and_read(quantize):
+    """The wide teacher: bitsandbytes' 4-bit kernel on a CPU wants widths that are multiples of 64."""
+    model, plain = load_model("embedded/teacher_wide", quantize=quantize), load_model("embedded/teacher_wide")
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        close = torch.nn.functional.cosine_similarity(model(ids).logits.float(), plain(ids).logits, dim=-1)
+    assert close.min() > 0.8
+
+
+def test_unknown_quantisation():
+    with pytest.raises(ValueError, match="quantize='int3'"):
+        load_model("embedded/student", quantize="int3")

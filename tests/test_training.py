@@ -1,0 +1,223 @@
+"""The trainer: the identity through the whole path, accumulation, what is frozen, what is written, and what goes wrong clearly."""
+import json
+import warnings
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import DistillationTrainer
+
+from oprd_nb.core import Rollouts
+from oprd_nb.models import embedded
+from oprd_nb.objectives import FullKL, Representation, SampledTokenKL, TopKKL
+from oprd_nb.rollouts import HFSampler, ReplaySampler
+from oprd_nb.teachers import Teacher
+from oprd_nb.training import OPRDConfig, OPRDTrainer, check_trl, freeze_unused
+
+TERMS = [Representation(positions="last:9"), Representation(positions="last:9", distance="mse"), Representation(layers="2,4", positions="first:3", distance="cosine"),
+         SampledTokenKL(), SampledTokenKL(control_variate=True), TopKKL(4), TopKKL(4, renormalize=False), FullKL(), FullKL("forward", positions="last:30%"),
+         FullKL("jsd")]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step and every logged line."""
+
+    def __init__(self):
+        self.kept, self.logs = None, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if self.kept is None:
+            self.kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(logs)
+
+
+def config(folder, **changes):
+    options = dict(learning_rate=1e-3, max_steps=1, per_device_train_batch_size=64, gradient_accumulation_steps=1, num_generations=1, max_completion_length=40,
+                   bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, weight_decay=0.0, max_grad_norm=0.0, use_cpu=True)
+    return OPRDConfig(str(folder), **(options | changes))
+
+
+def train(folder, pair, objective, sampler=None, prompts=64, peft_config=None, teacher=None, **changes):
+    """One short run; returns the trainer and what the callback saw."""
+    seen = Gradients()
+    trainer = OPRDTrainer(model=pair.student.requires_grad_(True), teacher=teacher or Teacher(pair.teacher, pair.teacher_tokenizer), objective=objective,
+                          args=config(folder, **changes), train_dataset=pair.task.train.select(range(prompts)), processing_class=pair.tokenizer, sampler=sampler,
+                          peft_config=peft_config, callbacks=[seen])
+    trainer.train()
+    return trainer, seen
+
+
+@pytest.mark.parametrize("term", TERMS, ids=repr)
+def test_student_that_is_its_teacher_has_nothing_to_learn(term, same, tmp_path):
+    teacher = Teacher(embedded("same").student, same.tokenizer)
+    _, seen = train(tmp_path, same, term, teacher=teacher)
+    loss = next(logs["loss"] for logs in seen.logs if "loss" in logs)
+    exact = isinstance(term, Representation) and "mse" in term.distance
+    assert loss == 0 if exact else abs(loss) <= 1e-6
+    largest = max(g.abs().max().item() for g in seen.kept.values())
+    # without renormalisation the gradient at p = q is that of the top-k mass: no divergence, see test_objectives.py
+    assert largest <= 1e-6 or (isinstance(term, TopKKL) and not term.renormalize)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """Responses of very different lengths to 64 prompts, for both pairs: half of them cut."""
+    pair = embedded("same")
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:64], max_new_tokens=40)
+    responses = [r[: 3 + i % 17] if i % 2 else r for i, r in enumerate(rollouts.responses())]
+    return Rollouts.from_ids(rollouts.prompt_ids(), responses, 0)
+
+
+@pytest.mark.parametrize("name, term", [("same", t) for t in TERMS] + [("cross_tokenizer", Representation(positions="last:9")), ("cross_tokenizer", Representation(layers="3"))],
+                         ids=lambda x: x if isinstance(x, str) else repr(x))
+def test_accumulation_changes_nothing(name, term, stored, tmp_path):
+    """1 x 64 and 4 x 16 give the same gradients, though the micro-batches supervise different numbers of rows."""
+    gradients = []
+    for size, steps in ((64, 1), (16, 4)):
+        pair = embedded(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            _, seen = train(tmp_path, pair, term, ReplaySampler(stored, pair.tokenizer), per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        gradients.append(seen.kept)
+    whole, pieces = gradients
+    assert whole.keys() == pieces.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(pieces[key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key)
+
+
+def test_sequence_reduction_survives_accumulation(same, stored, tmp_path):
+    objective = (FullKL() + 3 * Representation(positions="all")).with_reduction("sequence")
+    gradients = [train(tmp_path, embedded("same"), objective, ReplaySampler(stored, same.tokenizer), per_device_train_batch_size=size, gradient_accumulation_steps=64 // size)[1].kept
+                 for size in (64, 8)]
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_weight_decay_does_not_move_what_gets_no_gradient(same, tmp_path):
+    before = {name: p.clone() for name, p in same.student.named_parameters()}
+    train(tmp_path, same, Representation(layers="2"), weight_decay=0.5, max_steps=2)
+    moved = {name for name, p in same.student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1.")) for name in moved)
+
+
+def test_tied_head_stays_trainable():
+    from conftest import tiny_qwen3
+    model = tiny_qwen3(tie=True)
+    assert freeze_unused(model, Representation()) == [] and model.lm_head.weight.requires_grad
+
+
+def test_run_folder_is_plain_and_a_representation_run_logs_no_entropy(same, tmp_path):
+    train(tmp_path, same, Representation(positions="all"), max_steps=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2] and steps[0]["seconds"] < steps[1]["seconds"]
+    expected = {"rep/cosine_similarity", "rep/cosine_layer_4", "response_length/mean", "response/truncated", "time/rollout", "time/teacher", "time/update",
+                "memory/delta_peak", "learning_rate", "pairing/coverage"}
+    assert expected <= steps[0].keys() and not any("entropy" in name for name in steps[0])
+    assert all(steps[0][name] >= 0 for name in ("time/rollout", "time/teacher", "time/update"))
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert settings["responses_per_step"] == 64 and "Representation" in settings["objective"][0]
+
+
+def test_evaluation_reports_accuracy_and_output_diagnostics(same, tmp_path):
+    trainer = OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.tokenizer), objective=FullKL(), args=config(tmp_path), train_dataset=same.task.train,
+                          eval_dataset=same.task.validation.select(range(40)), processing_class=same.tokenizer)
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_avg@1"] <= 0.5 and metrics["actor/entropy"] > 0 and 0 <= metrics["topk/overlap_ratio"] <= 1
+
+
+def test_several_generations_of_a_prompt(same, tmp_path):
+    seen = []
+
+    class Counting(HFSampler):
+        def sample(self, prompts, **options):
+            seen.extend(map(tuple, prompts))
+            return super().sample(prompts, **options)
+
+    train(tmp_path, same, FullKL(), Counting(same.student, same.tokenizer), per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=2)
+    assert len(seen) == 8 and len(set(seen)) == 4 and all(seen[i] == seen[i + 1] for i in range(0, 8, 2))
+
+
+def test_bfloat16_and_gradient_checkpointing(same, tmp_path):
+    _, seen = train(tmp_path, same, SampledTokenKL() + 10 * Representation(), bf16=True, gradient_checkpointing=True, per_device_train_batch_size=16)
+    assert all(torch.isfinite(g).all() for g in seen.kept.values())
+
+
+def test_lora_moves_only_adapters(same, tmp_path):
+    before = {name: p.clone() for name, p in same.student.named_parameters()}
+    trainer, seen = train(tmp_path, same, Representation(positions="all") + FullKL(), peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]), max_steps=2)
+    assert all("lora_" in name for name in seen.kept)
+    base = trainer.model.get_base_model()
+    assert all(torch.equal(p, before[name.replace(".base_layer", "")]) for name, p in base.named_parameters() if "lora_" not in name)
+
+
+def test_resume_continues_the_run(tmp_path):
+    def run(folder, resume=None, **changes):
+        pair = embedded("same")
+        trainer = OPRDTrainer(model=pair.student, teacher=Teacher(pair.teacher, pair.tokenizer), objective=FullKL(), processing_class=pair.tokenizer,
+                              args=config(folder, max_steps=4, per_device_train_batch_size=8, save_strategy="steps", save_steps=2, **changes),
+                              train_dataset=pair.task.train, sampler=HFSampler(pair.student, pair.tokenizer))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict()
+
+    whole = run(tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    resumed = run(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"))
+    again = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-7, msg=name)
+    assert [json.loads(line)["step"] for line in again] == [json.loads(line)["step"] for line in lines]
+
+
+def test_a_fully_truncated_batch_trains(same, tmp_path):
+    _, seen = train(tmp_path, same, SampledTokenKL() + Representation(), max_completion_length=1, per_device_train_batch_size=8)
+    logs = next(logs for logs in seen.logs if "loss" in logs)
+    assert logs["response/truncated"] > 0.9 and all(torch.isfinite(g).all() for g in seen.kept.values())
+
+
+def test_an_empty_response_is_named(same, tmp_path):
+    class Silent(HFSampler):
+        def _generate(self, prompts):
+            return [[] for _ in prompts]
+
+    with pytest.raises(ValueError, match=r"response_ids\[0\] is empty"):
+        train(tmp_path, same, FullKL(), Silent(same.student, same.tokenizer), per_device_train_batch_size=4)
+
+
+def test_trl_moving_is_named(monkeypatch):
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, prompts: None)
+    with pytest.raises(RuntimeError, match="_generate_single_turn no longer takes"):
+        check_trl()
+
+
+def test_ends_of_turn_that_never_meet_are_announced(same, tmp_path):
+    same.teacher.generation_config.eos_token_id = 5
+    same.teacher_tokenizer.eos_token = "<|assistant|>"
+    with pytest.warns(UserWarning, match="expect ever longer responses"):
+        OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.teacher_tokenizer), objective=FullKL(), args=config(tmp_path), train_dataset=same.task.train,
+                    processing_class=same.tokenizer)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(objective=Representation(layers="7")), "this model has layers 1 to 4"), (dict(train_dataset=Dataset.from_dict({"question": ["1+1"]})), "it needs 'prompt'"),
+    (dict(train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1"}]]})), "1 prompts, but one step takes 64"), (dict(objective="oprd"), "objective='oprd'"),
+])
+def test_bad_input_is_refused_before_anything_is_written(changes, message, same, tmp_path):
+    options = dict(model=same.student, teacher=Teacher(same.teacher, same.tokenizer), objective=FullKL(), args=config(tmp_path / "run"), train_dataset=same.task.train,
+                   processing_class=same.tokenizer)
+    with pytest.raises(ValueError, match=message):
+        OPRDTrainer(**(options | changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_that_need_something_else_say_so(tmp_path):
+    wide, other = embedded("cross_architecture"), embedded("cross_tokenizer")
+    with pytest.raises(ValueError, match="fit a bridge"):
+        train(tmp_path, wide, Representation())
+    with pytest.raises(ValueError, match="different tokenizers"):
+        train(tmp_path, other, FullKL())
