@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'backbone_of', 'blocks_of', 'num_layers_of', 'Captured', 'flat_rows', 'position_ids_of', 'stopped_after',
-           'hooked', 'capture_each', 'capture']
+           'hooked', 'capture_each', 'capture', 'at_least_float32', 'lm_head_of']
 
 # %% ../nbs/04_capture.ipynb #00000002
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -152,3 +153,22 @@ def capture(model: nn.Module, input_ids: Int[Tensor, "batch time"], attention_ma
     transformers' `hidden_states[-1]`; every other layer before it. Gradients flow as grad mode says. ValueError for unknown layers or rows.
     """
     return capture_each(model, input_ids, attention_mask, dict.fromkeys(layers, rows), final_norm)
+
+# %% ../nbs/04_capture.ipynb #00000017
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision raised to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def lm_head_of(model: nn.Module) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n vocabulary"]]:
+    """The model's LM head as a function of final hidden states, with the logit scale and soft cap its family applies."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden):
+        out = at_least_float32(F.linear(hidden, head.weight, head.bias)) * scale
+        return cap * torch.tanh(out / cap) if cap else out
+
+    return logits

@@ -6,14 +6,15 @@
 __all__ = ['FONT', 'DASHES', 'PAPER_TABLES', 'PAPER_LABELS', 'canvas', 'SmallPng', 'time_text', 'bytes_text', 'share_text',
            'rolling_mean', 'default_window', 'thin', 'plain', 'label_dashes', 'smoothed', 'time_axis', 'add_series',
            'curve', 'paper_label', 'add_paper_levels', 'accuracy_curve', 'length_curve', 'cosine_curve', 'layer_cosine',
-           'layer_heatmap', 'paper_outcomes', 'add_bubble', 'log_time_axis', 'pareto_bubble', 'mu_sweep',
-           'position_cosine', 'pg_loss_curve', 'overlap_curve', 'entropy_curves', 'snr_curve', 'add_band',
-           'rank_cosine', 'paper_table', 'number_text', 'best_cells', 'table_figure', 'mean_scores', 'accuracy_table',
-           'cost_table', 'cross_architecture_table', 'diversity_table', 'cross_tokenizer_table']
+           'layer_heatmap', 'paper_outcomes', 'add_bubble', 'bubble_text', 'spread', 'add_bubble_labels',
+           'log_time_axis', 'pareto_bubble', 'mu_sweep', 'position_cosine', 'pg_loss_curve', 'overlap_curve',
+           'entropy_curves', 'snr_curve', 'add_band', 'rank_cosine', 'paper_table', 'number_text', 'best_cells',
+           'table_figure', 'mean_scores', 'accuracy_table', 'cost_table', 'cross_architecture_table', 'diversity_table',
+           'cross_tokenizer_table', 'METHODS', 'OKABE_ITO', 'Run', 'read_run']
 
 # %% ../nbs/31_plots.ipynb #00000006
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -27,6 +28,7 @@ from scipy.signal import savgol_filter
 from oprd_nb.runs import (
     METHODS,
     OKABE_ITO,
+    Run,
     Runs,
     accuracy_metric,
     as_runs,
@@ -36,11 +38,15 @@ from oprd_nb.runs import (
     mu_table,
     need_columns,
     outcomes,
+    read_run,
     set_scores,
     summary_value,
 )
 
-# %% ../nbs/31_plots.ipynb #00000008
+# %% ../nbs/31_plots.ipynb #00000007
+_all_ = ["METHODS", "OKABE_ITO", "Run", "read_run"]  # also found here, where figures are drawn
+
+# %% ../nbs/31_plots.ipynb #00000009
 FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
 _AXIS = dict(showgrid=True, gridcolor="#EBEBEB", zeroline=False, linecolor="#B0B0B0", ticks="outside", tickcolor="#B0B0B0",
              ticklen=4, title=dict(standoff=8, font_size=13), automargin=True)
@@ -58,7 +64,7 @@ def canvas(title: str, subtitle: str = "", x: str = "", y: str = "", percent: bo
     fig = go.Figure(layout=dict(template="oprd", title_text=text, meta=dict(title=title, subtitle=subtitle), xaxis_title_text=x, yaxis_title_text=y, width=500, height=320))
     return fig.update_yaxes(tickformat=".0%", hoverformat=".1%") if percent else fig
 
-# %% ../nbs/31_plots.ipynb #0000000a
+# %% ../nbs/31_plots.ipynb #0000000b
 class SmallPng(MimetypeRenderer):
     """Plotly renderer `small_png`: a picture with a palette of 48 colours, about 10 kB; used as `plotly_mimetype+small_png` in notebooks."""
 
@@ -71,7 +77,7 @@ class SmallPng(MimetypeRenderer):
 
 pio.renderers["small_png"] = SmallPng()
 
-# %% ../nbs/31_plots.ipynb #0000000d
+# %% ../nbs/31_plots.ipynb #0000000e
 def time_text(seconds: float) -> str:
     """Seconds as a person would say them: `48 s`, `9.4 min`, `13.6 h`."""
     unit, name = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
@@ -87,7 +93,7 @@ def share_text(value: float, low: float = np.nan, high: float = np.nan) -> str:
     """A share in per cent, with its interval where there is one: `86.1% (83–89)`."""
     return f"{100 * value:.1f}%" + (f" ({100 * low:.0f}–{100 * high:.0f})" if np.isfinite(low) else "")
 
-# %% ../nbs/31_plots.ipynb #00000011
+# %% ../nbs/31_plots.ipynb #00000012
 def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` (odd) points, (n,) -> (n,); at the ends a line through the last window. Short series: a smaller window."""
     if window < 1 or window % 2 == 0:
@@ -97,14 +103,14 @@ def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def default_window(points: int) -> int:
-    """About a twentieth of the points, odd, at least 3."""
-    return max(3, points // 20 | 1)
+    """About a twentieth of the points, odd; under forty points 1, no smoothing: so few are better seen as they are."""
+    return points // 20 | 1
 
-# %% ../nbs/31_plots.ipynb #00000014
+# %% ../nbs/31_plots.ipynb #00000015
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
-def thin(table: pd.DataFrame, most: int = 100) -> pd.DataFrame:
+def thin(table: pd.DataFrame, most: int = 80) -> pd.DataFrame:
     """At most `most` rows, evenly spaced, the first and the last among them."""
     return table.iloc[np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).round().astype(int))]
 
@@ -135,7 +141,7 @@ def time_axis(fig: go.Figure, axis: str, longest: float) -> float:
     fig.update_xaxes(title_text="Training step" if axis == "step" else f"Training time, {unit}", rangemode="tozero")
     return 1 if axis == "step" else per
 
-# %% ../nbs/31_plots.ipynb #00000016
+# %% ../nbs/31_plots.ipynb #00000017
 def add_series(fig: go.Figure, table: pd.DataFrame, metric: str, axis: str, smooth: int | None, part: str = "",
                dash: str | None = None) -> go.Figure:
     """Draw one metric of a metrics table: faint points for every run, a smoothed line for every label, `part` added to its name."""
@@ -156,11 +162,14 @@ def add_series(fig: go.Figure, table: pd.DataFrame, metric: str, axis: str, smoo
 
 
 def curve(runs: Runs, metric: str, axis: str, smooth: int | None, title: str, y: str, percent: bool = False) -> go.Figure:
-    """A metric against step or seconds: raw points of every run, and a rolling mean over `smooth` points (None: a twentieth)."""
-    fig = canvas(title, "points: every run as logged · line: mean over seeds, centred rolling mean", y=y, percent=percent)
-    return add_series(fig, metrics_table(runs), metric, axis, smooth)
+    """A metric against step or seconds: raw points of every run, a rolling mean over `smooth` points (None: see `default_window`)."""
+    table = metrics_table(runs)
+    smooth = smooth or default_window(table["step"][table[metric].notna()].nunique() if metric in table else 0)
+    rolling = f", rolling mean of {smooth}" if smooth > 1 else ""
+    fig = canvas(title, f"points: every run as logged · line: mean over seeds{rolling}", y=y, percent=percent)
+    return add_series(fig, table, metric, axis, smooth)
 
-# %% ../nbs/31_plots.ipynb #00000018
+# %% ../nbs/31_plots.ipynb #00000019
 PAPER_TABLES = {
     2: (("AIME24", "AIME25", "AIMO"), {
         "teacher": (50.8, 35.6, 79.5), "student": (32.9, 21.9, 62.2), "opd-sampled": (42.3, 33.5, 77.0), "opd-topk": (47.1, 34.0, 76.5),
@@ -193,7 +202,7 @@ def add_paper_levels(fig: go.Figure, levels: Mapping[str, float], text: str) -> 
                         hoverinfo="name", line=dict(color=method_style(method).colour, width=1.5, dash="dot"))
     return fig.update_layout(height=370)
 
-# %% ../nbs/31_plots.ipynb #0000001a
+# %% ../nbs/31_plots.ipynb #0000001b
 def accuracy_curve(runs: Runs, axis: str = "step", smooth: int | None = None, paper: str | None = None) -> go.Figure:
     """Accuracy in training against `axis` ("step" or "seconds"), Fig. 4; `paper="AIME24"` lays Table 2's final values under it."""
     table = metrics_table(runs)
@@ -208,18 +217,18 @@ def accuracy_curve(runs: Runs, axis: str = "step", smooth: int | None = None, pa
         raise ValueError(f"paper={paper!r}: Table 2 has {columns}")
     return add_paper_levels(fig, {method: row[columns.index(paper)] / 100 for method, row in rows.items()}, "{:.1%}")
 
-# %% ../nbs/31_plots.ipynb #00000020
+# %% ../nbs/31_plots.ipynb #00000021
 def length_curve(runs: Runs, axis: str = "step", smooth: int | None = None, paper: bool = False) -> go.Figure:
     """Mean response length in tokens of the student, Fig. 5; `paper` adds the lengths at which the paper's runs settle."""
     fig = curve(runs, "response_length/mean", axis, smooth, "Response length", "Tokens per response")
     return add_paper_levels(fig, {"oprd": 5700, "opd-sampled": 7000}, "{:,.0f} tokens") if paper else fig
 
-# %% ../nbs/31_plots.ipynb #00000023
+# %% ../nbs/31_plots.ipynb #00000024
 def cosine_curve(runs: Runs, axis: str = "step", smooth: int | None = None) -> go.Figure:
     """Cosine similarity of student and teacher hidden states, mean over supervised layers and positions, Fig. 6."""
     return curve(runs, "rep/cosine_similarity", axis, smooth, "Representation cosine", "Cosine, student and teacher")
 
-# %% ../nbs/31_plots.ipynb #00000026
+# %% ../nbs/31_plots.ipynb #00000027
 def layer_cosine(runs: Runs) -> go.Figure:
     """Cosine of student and teacher by layer, at the first (dotted) and the last logged step (solid), Fig. 6."""
     fig = canvas("Representation cosine by layer", "dotted: first logged step · solid: last", "Layer (output of block l)", "Cosine")
@@ -231,7 +240,7 @@ def layer_cosine(runs: Runs) -> go.Figure:
                             showlegend=dash == "solid", line=dict(color=style.colour, dash=dash), marker=dict(symbol=style.symbol, size=8))
     return fig.update_xaxes(tick0=1, dtick=1 + at["layer"].max() // 15)
 
-# %% ../nbs/31_plots.ipynb #00000029
+# %% ../nbs/31_plots.ipynb #0000002a
 def layer_heatmap(runs: Runs) -> go.Figure:
     """Cosine of student and teacher, layer by step, of one run or of the mean of its seeds."""
     long = layer_table(runs)
@@ -243,7 +252,7 @@ def layer_heatmap(runs: Runs) -> go.Figure:
                     hovertemplate="step %{x}, layer %{y}: %{z:.3f}<extra></extra>")
     return fig.update_yaxes(tick0=1, dtick=1 + grid.columns.max() // 15, showgrid=False).update_layout(margin_b=50)
 
-# %% ../nbs/31_plots.ipynb #0000002c
+# %% ../nbs/31_plots.ipynb #0000002d
 def paper_outcomes() -> pd.DataFrame:
     """The points of Fig. 1, from Tables 2 (AIME24) and 3, in the columns of `outcomes`."""
     rows = [{"method": method, "label": f"{paper_label(method)}, paper", "accuracy": PAPER_TABLES[2][1][method][0] / 100,
@@ -252,20 +261,41 @@ def paper_outcomes() -> pd.DataFrame:
 
 
 def add_bubble(fig: go.Figure, row: dict, per: float, largest: float) -> go.Figure:
-    """One row of `outcomes` as a bubble; `per` seconds make one unit of x, `largest` bytes 45 pixels. Ours carry their label, the paper's are
-    open and named in the legend."""
+    """One row of `outcomes` as a bubble; `per` seconds make one unit of x, `largest` bytes 45 pixels. The paper's are open, with a legend."""
     style, is_paper = method_style(row["method"]), row["label"].endswith(", paper")
-    memory = [bytes_text(row["delta_peak"])] if np.isfinite(row["delta_peak"]) else []
-    numbers = [share_text(row["accuracy"]), time_text(row["seconds"]), *memory]
     bars = dict(array=[row["high"] - row["accuracy"]], arrayminus=[row["accuracy"] - row["low"]], color=OKABE_ITO["black"], thickness=1, width=4)
     marker = dict(size=[np.nan_to_num(row["delta_peak"], nan=largest / 4)], sizemode="area", sizeref=largest / 45**2, sizemin=5,
                   color="rgba(0,0,0,0)" if is_paper else style.colour, opacity=0.6, line=dict(color=style.colour, width=2 * is_paper))
-    return fig.add_scatter(
-        x=[row["seconds"] / per], y=[row["accuracy"]], error_y=bars if np.isfinite(row["low"]) else None, marker=marker,
-        mode="markers" if is_paper else "markers+text", text=f"<b>{row['label']}</b><br>{' · '.join(numbers[:2])}<br>{''.join(memory)}", textposition="middle right", textfont_size=12,
-        hoverinfo="text", cliponaxis=False, showlegend=is_paper, name=f"{row['label']}: {' · '.join(numbers)}" if is_paper else row["label"])
+    return fig.add_scatter(x=[row["seconds"] / per], y=[row["accuracy"]], error_y=bars if np.isfinite(row["low"]) else None, marker=marker,
+                           mode="markers", text=bubble_text(row), hoverinfo="text", cliponaxis=False, showlegend=is_paper,
+                           name=bubble_text(row).replace("<br>", ": ") if is_paper else row["label"])
 
-# %% ../nbs/31_plots.ipynb #0000002e
+
+def bubble_text(row: dict) -> str:
+    """Label, and in a second line accuracy, time and memory."""
+    memory = [bytes_text(row["delta_peak"])] if np.isfinite(row["delta_peak"]) else []
+    return f"{row['label']}<br>{' · '.join([share_text(row['accuracy']), time_text(row['seconds']), *memory])}"
+
+
+def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending heights, moved up where they are closer than `gap`, then down where that goes beyond `top`."""
+    up, lowest = [], -np.inf
+    for height in heights:
+        lowest = max(height, lowest + gap)
+        up.append(lowest)
+    return [min(height, top - gap * place) for height, place in zip(up, reversed(range(len(up))), strict=True)]
+
+
+def add_bubble_labels(fig: go.Figure, rows: list[dict], per: float) -> go.Figure:
+    """Labels to the right of the bubbles, apart from each other, each with a thin line to its bubble."""
+    rows = sorted(rows, key=lambda row: row["accuracy"])
+    for row, height in zip(rows, spread([row["accuracy"] for row in rows], gap=0.17, top=0.97), strict=True):
+        label, numbers = bubble_text(row).split("<br>")
+        fig.add_annotation(x=row["seconds"] / per, y=row["accuracy"], ax=32, ay=height, ayref="y", text=f"<b>{label}</b><br>{numbers}", align="left",
+                           xanchor="left", font_size=12, arrowhead=0, arrowwidth=0.8, arrowcolor="#888888", bgcolor="rgba(255,255,255,0.7)")
+    return fig
+
+# %% ../nbs/31_plots.ipynb #0000002f
 def log_time_axis(fig: go.Figure, per: float, left: float, right: float) -> go.Figure:
     """A logarithmic x axis from well before `left` to after `right` (seconds), its ticks in the units that people use."""
     ticks = {"1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600, "10 h": 36000, "100 h": 360000}
@@ -284,16 +314,17 @@ def pareto_bubble(runs: Runs, paper: bool = False) -> go.Figure:
     per, largest = time_axis(fig, "seconds", table["seconds"].max()), table["delta_peak"].max()
     for row in table.to_dict("records"):
         add_bubble(fig, row, per, largest if largest > 0 else 1.0)
+    add_bubble_labels(fig, ours.to_dict("records"), per)
     if paper:
         log_time_axis(fig, per, table["seconds"].min(), table["seconds"].max())
     else:
-        fig.update_xaxes(range=[0, 1.75 * table["seconds"].max() / per])
+        fig.update_xaxes(range=[0, 1.9 * table["seconds"].max() / per])
     if np.isfinite(before := ours["before"].mean()):
-        fig.add_hline(before, line=dict(color=OKABE_ITO["grey"], dash="dot", width=1.5), annotation_position="bottom left",
+        fig.add_hline(before, line=dict(color=OKABE_ITO["grey"], dash="dot", width=1.5), annotation_position="bottom right" if paper else "bottom left",
                       annotation=dict(text=f"student before training: {before:.1%}", font_color="#666666", font_size=12))
     return fig.update_yaxes(range=[0, 1.05]).update_layout(height=380 if paper else 320, margin_b=76 if paper else 50)
 
-# %% ../nbs/31_plots.ipynb #00000032
+# %% ../nbs/31_plots.ipynb #00000033
 def mu_sweep(runs: Runs, paper: bool = False) -> go.Figure:
     """Accuracy by the weight μ of the representation loss (Eq. 7), Fig. 7; `paper` adds its AIME24 values."""
     table = mu_table(runs)
@@ -307,7 +338,7 @@ def mu_sweep(runs: Runs, paper: bool = False) -> go.Figure:
     order = sorted({float(x) for trace in fig.data for x in trace.x})
     return fig.update_xaxes(type="category", categoryorder="array", categoryarray=[f"{mu:g}" for mu in order])
 
-# %% ../nbs/31_plots.ipynb #00000035
+# %% ../nbs/31_plots.ipynb #00000036
 def position_cosine(table: pd.DataFrame, paper: bool = False) -> go.Figure:
     """Cosine over the first k and the last k response tokens, Fig. 8; columns k, side ("first", "last"), cosine; one row a side and k."""
     need_columns(table, "k", "side", "cosine")
@@ -324,7 +355,7 @@ def position_cosine(table: pd.DataFrame, paper: bool = False) -> go.Figure:
                             marker=dict(color=colour, size=11, symbol="circle-open", line_width=2))
     return fig.update_xaxes(type="log", dtick=1)
 
-# %% ../nbs/31_plots.ipynb #00000038
+# %% ../nbs/31_plots.ipynb #00000039
 def pg_loss_curve(runs: Runs, axis: str = "step", smooth: int | None = None) -> go.Figure:
     """Policy-gradient loss of the output-space term, Fig. 9."""
     return curve(runs, "actor/pg_loss", axis, smooth, "Policy-gradient loss", "Loss, nats per token")
@@ -349,7 +380,7 @@ def snr_curve(runs: Runs, axis: str = "step", smooth: int | None = None) -> go.F
     return curve(runs, "grad/snr", axis, smooth, "Gradient signal-to-noise", "Signal-to-noise (log scale)").update_yaxes(
         type="log", tickformat="~g")
 
-# %% ../nbs/31_plots.ipynb #0000003f
+# %% ../nbs/31_plots.ipynb #00000040
 def add_band(fig: go.Figure, table: pd.DataFrame, value: str, name: str, colour: str, dash: str) -> go.Figure:
     """Mean of `value` over layers by rank as a line, lowest to highest layer as a band."""
     by_rank = table.groupby("rank")[value].agg(["min", "mean", "max"])
@@ -374,7 +405,7 @@ def rank_cosine(table: pd.DataFrame, before: pd.DataFrame | None = None, paper: 
                         marker=dict(symbol="circle-open", size=9), line=dict(color=METHODS["bridge"].colour, dash="dot", width=1.5))
     return fig.update_xaxes(type="log", tickvals=sorted({int(rank) for trace in fig.data for rank in trace.x}))
 
-# %% ../nbs/31_plots.ipynb #00000042
+# %% ../nbs/31_plots.ipynb #00000043
 def paper_table(number: int) -> pd.DataFrame:
     """Table 2, 3, 4, 5 or 6 of the paper as data: source, method, and its columns."""
     if number not in PAPER_TABLES:
@@ -410,7 +441,7 @@ def table_figure(number: int, ours: pd.DataFrame | None, title: str, note: str =
                   columnwidth=[1.2, 3] + [1.6] * len(names))
     return fig.update_layout(height=90 + 27 * (len(table) + 1), margin=dict(l=4, r=4, t=64, b=4))
 
-# %% ../nbs/31_plots.ipynb #00000044
+# %% ../nbs/31_plots.ipynb #00000045
 def mean_scores(runs: Runs | None) -> pd.DataFrame | None:
     """Columns method, Avg@k, Best@k (per cent, means over sets; k is the number of samples a problem has) of our runs."""
     if runs is None:
@@ -429,7 +460,7 @@ def accuracy_table(runs: Runs | None = None) -> go.Figure:
         ours = scores.pivot_table("avg", "method", "set", sort=False).reset_index()
     return table_figure(2, ours, "Accuracy, Avg@k in per cent")
 
-# %% ../nbs/31_plots.ipynb #00000047
+# %% ../nbs/31_plots.ipynb #00000048
 def cost_table(runs: Runs | None = None) -> go.Figure:
     """Delta-peak memory and training time, Table 3 (the paper: 8 x A100, 500 steps), the paper's rows and ours; less is better."""
     columns, ours = PAPER_TABLES[3][0], None

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['READ_TOKENS', 'PairedRows', 'join_rows', 'collect', 'row_cosines', 'layers_in', 'Ratio', 'over_responses',
            'LayerCosines', 'cosine_by_layer', 'parting', 'cosine_by_k', 'CKA', 'cka', 'cka_matrix', 'mutual_knn',
-           'similarity_by_layer', 'held_out_responses', 'shuffled_labels', 'fit_ridge', 'fit_logistic', 'linear_probe']
+           'token_similarities', 'held_out_responses', 'shuffled_labels', 'fit_ridge', 'fit_logistic', 'linear_probe']
 
-# %% ../nbs/10_probing.ipynb #00000002
+# %% ../nbs/10_probing.ipynb #00000005
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from .pairing import pair_layers
 from .structure import CHUNK, LayerPair, Moments
 from .teachers import Teacher
 
-# %% ../nbs/10_probing.ipynb #00000004
+# %% ../nbs/10_probing.ipynb #00000007
 @dataclass
 class PairedRows:
     """Rows of both models side by side: row i of every tensor belongs to one response token, which both models have just read."""
@@ -58,7 +58,7 @@ class PairedRows:
         states = ({layer: rows[index] for layer, rows in side.items()} for side in (self.student, self.teacher))
         return PairedRows(*states, self.layer_pairs, *(label[index] for label in self.labels()))
 
-# %% ../nbs/10_probing.ipynb #00000005
+# %% ../nbs/10_probing.ipynb #00000008
 def join_rows(parts: Iterable[PairedRows]) -> PairedRows:
     """Several batches as one. ValueError where there is none."""
     parts = list(parts)
@@ -69,7 +69,7 @@ def join_rows(parts: Iterable[PairedRows]) -> PairedRows:
     labels = (torch.cat(label) for label in zip(*(part.labels() for part in parts), strict=True))
     return PairedRows(*sides, parts[0].layer_pairs, *labels)
 
-# %% ../nbs/10_probing.ipynb #00000006
+# %% ../nbs/10_probing.ipynb #0000000a
 READ_TOKENS = 4096
 """Tokens, padding included, that both models read at a time."""
 
@@ -104,7 +104,7 @@ def _labels(rollouts: Rollouts, rows: Int[Tensor, "rows"], first: int) -> tuple[
     follows = torch.where(predicts, ids.roll(-1), -1)
     return sequence + first, rank[rows] - 1, rollouts.response_lengths[sequence], ids[rows], follows[rows]
 
-# %% ../nbs/10_probing.ipynb #00000007
+# %% ../nbs/10_probing.ipynb #0000000c
 def collect(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, layers: str | int | list[int] = "all",
             positions: str | Positions = "all", teacher_layers: str | int | list[int] | None = None) -> Iterator[PairedRows]:
     """Read `rollouts` with both models and yield their paired rows batch by batch; `tokenizer` is the student's.
@@ -128,7 +128,7 @@ def collect(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer:
         beside = teacher.capture(pairs, dict.fromkeys(wanted, pairs.rows_beside(rows)))
         yield PairedRows(states, dict(beside), pairs_of_layers, *_labels(batch, rows, index.start))
 
-# %% ../nbs/10_probing.ipynb #00000009
+# %% ../nbs/10_probing.ipynb #00000011
 def row_cosines(batches: Iterable[PairedRows], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """One row a token: response, position, length, text (its token), and under each student layer's number the cosine with the teacher there.
 
@@ -152,7 +152,7 @@ def layers_in(rows: pd.DataFrame) -> list[int]:
     """The layers of a table made by `row_cosines`: its integer columns."""
     return [column for column in rows.columns if isinstance(column, int)]
 
-# %% ../nbs/10_probing.ipynb #0000000a
+# %% ../nbs/10_probing.ipynb #00000014
 class Ratio(NamedTuple):
     """A ratio of sums, and its 95 % interval; each (columns,). NaN limits where there is only one response."""
 
@@ -181,7 +181,7 @@ def over_responses(total: Float[np.ndarray, "rows columns"], count: Float[np.nda
                        rng=np.random.default_rng(seed)).confidence_interval
     return Ratio(value, limits.low, limits.high)
 
-# %% ../nbs/10_probing.ipynb #0000000b
+# %% ../nbs/10_probing.ipynb #00000017
 class LayerCosines(NamedTuple):
     """Two tables: by layer (layer, cosine, low, high), and the heat map (layer, position, cosine, tokens)."""
 
@@ -201,14 +201,14 @@ def cosine_by_layer(rows: pd.DataFrame, bins: int = 40, seed: int = 0) -> LayerC
     heat_map["tokens"] = heat_map["position"].map(binned.size())
     return LayerCosines(table, heat_map[["layer", "position", "cosine", "tokens"]].astype({"layer": int}))
 
-
+# %% ../nbs/10_probing.ipynb #0000001b
 def parting(table: pd.DataFrame) -> tuple[int, float]:
     """The layer at which the angle between the models grows most over the layer before (in degrees); the angle before the first is 0."""
     angle = np.degrees(np.arccos(table["cosine"].clip(-1, 1).to_numpy()))
     step = np.diff(angle, prepend=0.0)
     return int(table["layer"].iloc[step.argmax()]), float(step.max())
 
-# %% ../nbs/10_probing.ipynb #0000000c
+# %% ../nbs/10_probing.ipynb #0000001e
 def cosine_by_k(rows: pd.DataFrame, points: int = 24) -> pd.DataFrame:
     """DataFrame(k, side, cosine): mean over layers and over the first, or last, k tokens of each response (Fig. 8), k log-spaced.
 
@@ -221,7 +221,7 @@ def cosine_by_k(rows: pd.DataFrame, points: int = 24) -> pd.DataFrame:
     table = [(k, side, mean[rank <= k].mean()) for side, rank in ranks.items() for k in ks]
     return pd.DataFrame(table, columns=["k", "side", "cosine"]).dropna(ignore_index=True)
 
-# %% ../nbs/10_probing.ipynb #0000000e
+# %% ../nbs/10_probing.ipynb #00000027
 class CKA:
     """Linear CKA of paired rows, streamed: float64, O(d^2) memory whatever the number of rows; `value(debiased=...)` at any time."""
 
@@ -268,14 +268,14 @@ class CKA:
             raise ValueError("rows: one side does not vary beyond what chance gives; give more rows, or leave this layer out")
         return float(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt())
 
-# %% ../nbs/10_probing.ipynb #0000000f
+# %% ../nbs/10_probing.ipynb #00000028
 def cka(student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, "rows d_teacher"], debiased: bool = True) -> float:
     """Linear centred kernel alignment (Kornblith et al. 2019) of paired rows; `debiased` with the unbiased HSIC (Song et al. 2012), at least 4 rows."""
     streamed = CKA(student.shape[1], teacher.shape[1], student.device)
     streamed.update(student, teacher)
     return streamed.value(debiased)
 
-# %% ../nbs/10_probing.ipynb #00000010
+# %% ../nbs/10_probing.ipynb #0000002c
 def cka_matrix(rows: PairedRows, most: int = 1024, debiased: bool = True) -> pd.DataFrame:
     """CKA of every student layer (index) with every teacher layer (columns) on at most `most` rows, evenly taken; Gram matrices, O(layers * most^2)."""
     index = torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()
@@ -297,7 +297,7 @@ def _centred_gram(states: Float[Tensor, "rows d"], debiased: bool) -> Float[Tens
     gram += sums.sum() / (n - 1) - sums - sums[:, None]
     return gram.fill_diagonal_(0)
 
-# %% ../nbs/10_probing.ipynb #00000012
+# %% ../nbs/10_probing.ipynb #00000032
 def mutual_knn(student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, "rows d_teacher"], k: int = 10,
                response: Int[Tensor, "rows"] | None = None) -> float:
     """Share of each row's k nearest rows (by cosine) that both models agree on, mean over rows (Huh et al. 2024); chance is k / (rows - 1).
@@ -316,32 +316,30 @@ def mutual_knn(student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, 
         shared += (a[:, :, None] == b[:, None, :]).sum()
     return float(shared) / (k * len(student))
 
-# %% ../nbs/10_probing.ipynb #00000013
+# %% ../nbs/10_probing.ipynb #00000035
 def _token_similarity(states: Float[Tensor, "tokens d"]) -> Float[Tensor, "token_pairs"]:
     """Cosines between the tokens of one response, their common mean removed: the upper triangle, without the diagonal."""
     unit = F.normalize(states - states.mean(0), dim=1)
     return (unit @ unit.T)[*torch.triu_indices(len(states), len(states), 1)]
 
 
-def similarity_by_layer(batches: Iterable[PairedRows], most: int = 512) -> pd.DataFrame:
-    """DataFrame(layer, teacher_layer, norm_cosine, token_structure), means over responses; needs whole responses in a batch, as `collect` yields them.
+def token_similarities(batch: PairedRows, most: int = 512) -> pd.DataFrame:
+    """DataFrame(response, layer, teacher_layer, norm_cosine, token_structure) of one batch, responses of at least three rows; widths may differ.
 
-    norm_cosine: cosine of the two lists of norms along a response. token_structure: cosine of the two token-to-token similarity matrices,
-    on at most `most` evenly taken tokens. Widths may differ.
+    norm_cosine: cosine of the two lists of norms along a response. token_structure: cosine of the two token-to-token similarity matrices.
+    At most `most` evenly taken rows of a response are compared.
     """
     values = []
-    for batch in batches:
-        for r in batch.response.unique():
-            index = (batch.response == r).nonzero().squeeze(1)
-            index = index[torch.linspace(0, len(index) - 1, min(most, len(index))).round().long().to(index.device)]
-            for s, t in batch.layer_pairs if len(index) > 2 else []:
-                a, b = batch.student[s][index].float(), batch.teacher[t][index].float()
-                structure = F.cosine_similarity(_token_similarity(a), _token_similarity(b), dim=0)
-                values.append((s, t, float(F.cosine_similarity(a.norm(dim=1), b.norm(dim=1), dim=0)), float(structure)))
-    table = pd.DataFrame(values, columns=["layer", "teacher_layer", "norm_cosine", "token_structure"])
-    return table.groupby(["layer", "teacher_layer"], as_index=False).mean()
+    for r in batch.response.unique():
+        index = (batch.response == r).nonzero().squeeze(1)
+        index = index[torch.linspace(0, len(index) - 1, min(most, len(index))).round().long().to(index.device)]
+        for s, t in batch.layer_pairs if len(index) > 2 else []:
+            a, b = batch.student[s][index].float(), batch.teacher[t][index].float()
+            structure = F.cosine_similarity(_token_similarity(a), _token_similarity(b), dim=0)
+            values.append((int(r), s, t, float(F.cosine_similarity(a.norm(dim=1), b.norm(dim=1), dim=0)), float(structure)))
+    return pd.DataFrame(values, columns=["response", "layer", "teacher_layer", "norm_cosine", "token_structure"])
 
-# %% ../nbs/10_probing.ipynb #00000015
+# %% ../nbs/10_probing.ipynb #00000039
 def held_out_responses(response: Int[Tensor, "rows"], share: float = 0.3, seed: int = 0) -> Bool[Tensor, "rows"]:
     """Which rows belong to the held-out responses: `share` of them, drawn from `seed`, at least one on each side. ValueError for a single response."""
     labels = response.unique()
@@ -353,7 +351,7 @@ def held_out_responses(response: Int[Tensor, "rows"], share: float = 0.3, seed: 
     drawn = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].to(labels.device)]
     return torch.isin(response, drawn)
 
-
+# %% ../nbs/10_probing.ipynb #0000003b
 def shuffled_labels(labels: Tensor, response: Int[Tensor, "rows"], seed: int = 0) -> Tensor:
     """The labels dealt out anew among rows; a label that is one for each response is dealt out among responses instead."""
     generator = torch.Generator().manual_seed(seed)
@@ -363,7 +361,7 @@ def shuffled_labels(labels: Tensor, response: Int[Tensor, "rows"], seed: int = 0
         return first[torch.randperm(len(first), generator=generator)][index]
     return labels[torch.randperm(len(labels), generator=generator)]
 
-# %% ../nbs/10_probing.ipynb #00000016
+# %% ../nbs/10_probing.ipynb #0000003e
 def fit_ridge(x: Float[Tensor, "rows d"], y: Float[Tensor, "rows"], penalty: float) -> Float[Tensor, "d_and_offset 1"]:
     """Weights, then the offset in the last row, that minimise mean (y - f(x))^2 + penalty |w|^2; columns of x must have mean zero."""
     gram = x.T @ x / len(x)
@@ -386,40 +384,37 @@ def fit_logistic(x: Float[Tensor, "rows d"], y: Int[Tensor, "rows"], penalty: fl
         optimizer.step(objective)
     return w.detach()
 
-# %% ../nbs/10_probing.ipynb #00000017
-def _probe_errors(x: Float[Tensor, "rows d"], y: Tensor, held: Bool[Tensor, "rows"], fit_to: Tensor, penalty: float) -> Float[Tensor, "held"]:
-    """Fit on the rows that are not held out, with labels `fit_to`; the error of each held-out row against `y`: 0 or 1, or squared."""
-    mean, spread = x[~held].mean(0), x[~held].std(0).clamp(min=1e-6)
-    x = (x - mean) / spread
+# %% ../nbs/10_probing.ipynb #00000041
+def _probe_scores(x: Float[Tensor, "rows d"], y: Tensor, held: Bool[Tensor, "rows"], penalty: float) -> tuple[Tensor, Tensor]:
+    """Fit on the rows that are not held out; for each held-out row a numerator and a denominator whose sums give accuracy (1 or 0 of 1) or R^2."""
+    x = (x - x[~held].mean(0)) / x[~held].std(0).clamp(min=1e-6)
     if y.is_floating_point():
-        w = fit_ridge(x[~held], fit_to[~held], penalty)
-        return (x[held] @ w[:-1] + w[-1] - y[held, None]).square().squeeze(1)
-    classes, known = fit_to[~held].unique(return_inverse=True)
+        w = fit_ridge(x[~held], y[~held], penalty)
+        error, blind = ((guess - y[held]).square() for guess in ((x[held] @ w[:-1] + w[-1]).squeeze(1), y[~held].mean()))
+        return blind - error, blind
+    classes, known = y[~held].unique(return_inverse=True)
     w = fit_logistic(x[~held], known, penalty)
-    return (classes[(x[held] @ w[:-1] + w[-1]).argmax(1)] != y[held]).to(x)
+    right = (classes[(x[held] @ w[:-1] + w[-1]).argmax(1)] == y[held]).double()
+    return right, torch.ones_like(right)
 
 
 def linear_probe(states: Mapping[int, Float[Tensor, "rows d"]], labels: Tensor, response: Int[Tensor, "rows"], share: float = 0.3,
                  penalty: float = 1e-2, seed: int = 0) -> pd.DataFrame:
     """DataFrame(layer, score, low, high, control, chance): a linear probe a layer, scored on `share` of the responses, which it has not seen.
 
-    Integer or bool `labels`: logistic, accuracy; chance is the commonest training label. Float labels: ridge, R^2; chance is 0. `control` is the
-    same probe fitted to shuffled labels. The interval resamples held-out responses. States are standardised on the training rows.
+    Integer or bool `labels`: logistic, accuracy; chance is what the commonest training label gets. Float labels: ridge, R^2; chance is 0.
+    `control`: the same with shuffled labels. The interval resamples held-out responses. States are standardised on the training rows.
     """
     if len(labels) != len(response) or any(len(rows) != len(labels) for rows in states.values()):
-        raise ValueError(f"labels: {len(labels)} for {[len(rows) for rows in states.values()]} rows and {len(response)} response numbers; give one each a row")
+        raise ValueError(f"labels: {len(labels)}, for {[len(rows) for rows in states.values()]} rows and {len(response)} response numbers; give one a row")
     y = labels.double() if labels.is_floating_point() else labels.long()
     held = held_out_responses(response, share, seed)
     if len(y[~held].unique()) < 2:
         raise ValueError(f"labels: the training rows know one label only, {y[~held].unique().tolist()}; nothing can be learned")
-    common = y[~held].mean() if y.is_floating_point() else y[~held].mode().values
-    blind = (y[held] - common).square() if y.is_floating_point() else (y[held] != common).double()
-    scale = blind if y.is_floating_point() else torch.ones_like(blind)
-    fits = {"score": y, "control": shuffled_labels(y, response, seed)}
-    table = []
+    chance = 0.0 if y.is_floating_point() else float((y[held] == y[~held].mode().values).double().mean())
+    shuffled, table = shuffled_labels(y, response, seed), []
     for layer, rows in states.items():
-        errors = torch.stack([_probe_errors(rows.double(), y, held, fit_to, penalty) for fit_to in fits.values()], 1)
-        total = scale[:, None] - errors
-        ratio = over_responses(total.cpu().numpy(), scale[:, None].expand_as(total).cpu().numpy(), response[held].cpu().numpy(), seed=seed)
-        table.append((layer, ratio.value[0], ratio.low[0], ratio.high[0], ratio.value[1], float(1 - blind.sum() / scale.sum())))
+        scores, controls = (_probe_scores(rows.double(), target, held, penalty) for target in (y, shuffled))
+        ratio = over_responses(*(part.cpu().numpy()[:, None] for part in scores), response[held].cpu().numpy(), seed=seed)
+        table.append((layer, *(limit.item() for limit in ratio), float(controls[0].sum() / controls[1].sum()), chance))
     return pd.DataFrame(table, columns=["layer", "score", "low", "high", "control", "chance"])

@@ -8,7 +8,7 @@ __all__ = ['FIGURES', 'SYNTHETIC', 'EMBEDDED', 'STYLE', 'lead', 'headline', 'spa
            'flat', 'settings_html', 'reproduce_html', 'caveats_html', 'all_rollouts_html', 'headline_html', 'page_html',
            'write_report']
 
-# %% ../nbs/33_report.ipynb #00000004
+# %% ../nbs/33_report.ipynb #00000005
 import json
 from collections.abc import Callable, Sequence
 from html import escape
@@ -22,9 +22,10 @@ from plotly.offline import get_plotlyjs
 from scipy import stats
 
 from .plots import FONT, accuracy_curve, bytes_text, cosine_curve, length_curve, pareto_bubble, share_text, time_text
-from .runs import OKABE_ITO, Run, as_runs, bootstrap_interval, method_style, outcomes, problem_scores
+from .evaluation import interval
+from .runs import OKABE_ITO, Run, as_runs, method_style, outcomes, problem_scores
 
-# %% ../nbs/33_report.ipynb #00000006
+# %% ../nbs/33_report.ipynb #00000007
 def lead(first: Sequence[Run], second: Sequence[Run]) -> tuple[float, float, float]:
     """By how much the accuracy of one label's runs exceeds another's, and the 95 % interval: over seeds, or over problems for single runs."""
     scores = [[problem_scores(run.evals.grades("after"))["avg"] for run in runs if "after" in run.evals] for runs in (first, second)]
@@ -34,27 +35,29 @@ def lead(first: Sequence[Run], second: Sequence[Run]) -> tuple[float, float, flo
         return float(np.mean(means[0]) - np.mean(means[1])), float(bounds.low), float(bounds.high)
     one, other = (pd.concat(label).groupby(level=["set", "problem"]).mean() for label in scores)
     difference = (one - other).dropna().to_numpy()
-    return (float(difference.mean()) if len(difference) else np.nan, *bootstrap_interval(difference))
+    return (float(difference.mean()) if len(difference) else np.nan, *map(float, interval(difference)))
 
 
-def headline(runs: Sequence[Run], table: pd.DataFrame) -> str:
-    """The result in a sentence or two, from `outcomes(runs)`: the best method, and how far it is ahead of the next."""
+def headline(runs: Sequence[Run], table: pd.DataFrame) -> tuple[str, str]:
+    """From `outcomes(runs)`, a sentence about the best method, and one about its lead over the next ("" where there is none)."""
     ranked = table.dropna(subset=["accuracy"]).sort_values("accuracy", ascending=False).to_dict("records")
     if not ranked:
-        return "These runs have not been evaluated yet: the figures show their training only."
+        return "These runs have not been evaluated yet: the figures show their training only.", ""
     best, clock = ranked[0], "" if np.isnan(ranked[0]["seconds"]) else f" in {time_text(ranked[0]['seconds'])}"
     start = f"takes the student from {share_text(best['before'])} to" if np.isfinite(best["before"]) else "reaches"
     interval = f" (95% interval {100 * best['low']:.0f}–{100 * best['high']:.0f})" if np.isfinite(best["low"]) else ""
     sentence = f"{best['label']} {start} {share_text(best['accuracy'])}{interval}{clock}."
+    if best["accuracy"] <= best["before"]:
+        sentence = f"No method improved the student: the best, {sentence}"
     if len(ranked) == 1:
-        return sentence
+        return sentence, ""
     rival = ranked[1]
     gap, low, high = lead(*([run for run in runs if run.label == row["label"]] for row in (best, rival)))
     if not low > 0:
-        return f"{sentence} Its lead over {rival['label']} ({share_text(rival['accuracy'])}) is within noise."
-    return f"{sentence} That is {100 * gap:.0f} points ahead of {rival['label']} (95% interval {100 * low:.0f}–{100 * high:.0f})."
+        return sentence, f"Its lead over {rival['label']} ({share_text(rival['accuracy'])}) is within noise."
+    return sentence, f"That is {100 * gap:.0f} points ahead of {rival['label']} (95% interval {100 * low:.0f}–{100 * high:.0f})."
 
-# %% ../nbs/33_report.ipynb #00000009
+# %% ../nbs/33_report.ipynb #0000000a
 def span_svg(before: float, low: float, accuracy: float, high: float, colour: str) -> str:
     """Start (ring), interval (line) and mean (dot) on a track from 0 to 1, as inline SVG 150 x 16; what is NaN is left out."""
     def x(share):
@@ -90,13 +93,13 @@ def methods_table(table: pd.DataFrame) -> str:
         cells = [chip(row["method"], row["label"]) + seeds, known(row["before"], share_text), f"<b>{after}</b>" if place == 0 else after,
                  known(row["low"], lambda low, row=row: f"{100 * low:.1f}–{100 * row['high']:.1f}"),
                  span_svg(row["before"], row["low"], row["accuracy"], row["high"], method_style(row["method"]).colour),
-                 known(gain, lambda gain: f"{100 * gain:+.1f}"), known(row["seconds"], time_text), known(row["delta_peak"], bytes_text),
+                 known(gain, lambda gain: f"{100 * gain:+.1f}".replace("-", "−")), known(row["seconds"], time_text), known(row["delta_peak"], bytes_text),
                  known(row["length"], lambda tokens: f"{tokens:,.1f}"), known(row["truncated"], share_text)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     titles = "".join(f"<th>{title}</th>" for title in head)
     return f"<div class='scroll'><table class='methods'><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
-# %% ../nbs/33_report.ipynb #0000000c
+# %% ../nbs/33_report.ipynb #0000000d
 FIGURES: dict[str, Callable[[list[Run]], go.Figure]] = {
     "accuracy": accuracy_curve, "time": lambda runs: accuracy_curve(runs, axis="seconds"), "cosine": cosine_curve, "length": length_curve,
     "pareto": pareto_bubble}
@@ -131,7 +134,7 @@ def figures_script(figures: dict[str, go.Figure]) -> str:
     return (f"const figures = {data};\nfor (const [id, f] of Object.entries(figures))\n"
             "  Plotly.newPlot(id, f.data, f.layout, {responsive: true, displayModeBar: false});")
 
-# %% ../nbs/33_report.ipynb #0000000f
+# %% ../nbs/33_report.ipynb #00000010
 def clipped(text: str, head: int = 500, tail: int = 900) -> str:
     """Escaped text; of a long one the beginning and the end, and how much is left out between them."""
     if len(text) <= head + tail:
@@ -166,7 +169,7 @@ def rollouts_html(run: Run, count: int = 10) -> str:
                      f"<div class='pair'>{answer_html('Before', before)}{answer_html('After', after)}</div></article>")
     return f"<p class='note'>{len(cards)} of {len(shared)} test problems, evenly spaced, whatever the outcome.</p>{''.join(cards)}"
 
-# %% ../nbs/33_report.ipynb #00000012
+# %% ../nbs/33_report.ipynb #00000013
 def flat(settings: dict, prefix: str = "") -> dict[str, str]:
     """Nested settings as `outer.inner` -> text."""
     found = {}
@@ -195,7 +198,7 @@ def reproduce_html(runs: Sequence[Run]) -> str:
     how = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else "<p>Every setting is in config.yaml of each run folder.</p>"
     return how + "".join(f"<h3>Versions</h3><pre>{escape(text)}</pre>" for text in versions)
 
-# %% ../nbs/33_report.ipynb #00000015
+# %% ../nbs/33_report.ipynb #00000016
 SYNTHETIC = "These curves are synthetic: made up to show what a report looks like. They say nothing about the methods."
 EMBEDDED = ("Student and teacher are small models made for demonstration. Their vocabulary is smaller than their hidden width, so more of the hidden space "
             "is invisible to output-space losses than in real models: read the gap between OPRD and OPD as an illustration, not as a measure of it elsewhere.")
@@ -207,7 +210,7 @@ def caveats_html(runs: Sequence[Run]) -> str:
     said += [EMBEDDED] * any("embedded" in str(run.config.get("student")) for run in runs)
     return "".join(f"<p class='caveat'>{text}</p>" for text in said)
 
-# %% ../nbs/33_report.ipynb #00000018
+# %% ../nbs/33_report.ipynb #00000019
 STYLE = f"""
 :root {{ --ink: #1c1c1c; --soft: #5f5f5f; --line: #e2e2e2; }}
 * {{ box-sizing: border-box; }}
@@ -221,6 +224,7 @@ small, .note, .kicker {{ color: var(--soft); }} small {{ font-size: 13px; font-w
 .scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 6px 16px 6px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; white-space: nowrap; }}
 th {{ font-weight: 600; }} thead th {{ color: var(--soft); font-size: 13px; font-weight: 500; }} svg {{ display: block; }}
+table:not(.methods) td {{ white-space: normal; overflow-wrap: anywhere; max-width: 26em; }}
 .methods {{ width: 100%; }} .methods :is(th, td) {{ padding-block: 9px; }} .methods :is(th, td):not(:first-child):not(:nth-child(5)) {{ text-align: right; }}
 .methods :is(th, td):nth-child(5) {{ padding-left: 12px; }} .methods :is(th, td):last-child {{ padding-right: 0; }}
 .chip {{ display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px; }} .legend span:not(.chip) {{ margin-right: 22px; white-space: nowrap; }}
@@ -235,7 +239,7 @@ summary {{ cursor: pointer; padding: 10px 0; border-top: 1px solid var(--line); 
 @media print {{ details > :not(summary) {{ display: block; }} pre {{ max-height: none; }} }}
 """
 
-# %% ../nbs/33_report.ipynb #0000001a
+# %% ../nbs/33_report.ipynb #0000001b
 def all_rollouts_html(runs: Sequence[Run], table: pd.DataFrame, most: int = 6) -> str:
     """Rollouts of one run a label, best accuracy first: the first open, the others folded."""
     parts = []
@@ -245,10 +249,9 @@ def all_rollouts_html(runs: Sequence[Run], table: pd.DataFrame, most: int = 6) -
     return "".join(parts) or "<p class='note'>No run has both eval/before.parquet and eval/after.parquet.</p>"
 
 
-def headline_html(text: str) -> str:
-    """The first sentence as the page's heading, what follows as its lead."""
-    first, _, rest = escape(text).partition(". ")
-    return f"<h1>{first}.</h1><p class='lead'>{rest}</p>" if rest else f"<h1>{first}</h1>"
+def headline_html(result: str, comparison: str) -> str:
+    """The first sentence as the page's heading, the second as its lead."""
+    return f"<h1>{escape(result)}</h1>" + (f"<p class='lead'>{escape(comparison)}</p>" if comparison else "")
 
 
 def page_html(runs: list[Run]) -> str:
@@ -266,7 +269,7 @@ def page_html(runs: list[Run]) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
     return (f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<meta http-equiv='Content-Security-Policy' content=\"{policy}\"><link rel='icon' href='data:,'><title>Distillation report</title>"
-            f"<style>{STYLE}</style></head>\n<body><header><p class='kicker'>On-policy distillation · {escape(names)}</p>{headline_html(headline(runs, table))}"
+            f"<style>{STYLE}</style></head>\n<body><header><p class='kicker'>On-policy distillation · {escape(names)}</p>{headline_html(*headline(runs, table))}"
             f"{caveats_html(runs)}</header>\n{body}\n<script>{get_plotlyjs()}</script>\n<script>{figures_script(figures)}</script></body></html>\n")
 
 

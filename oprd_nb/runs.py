@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OKABE_ITO', 'METHODS', 'Runs', 'NUMBERS', 'Method', 'method_style', 'read_metrics', 'Evals', 'Run', 'summary_value',
            'read_run', 'as_runs', 'metrics_table', 'labels_of', 'need_columns', 'layer_table', 'accuracy_metric',
-           'bootstrap_interval', 'problem_scores', 'ending', 'outcomes', 'set_scores', 'mu_table']
+           'problem_scores', 'ending', 'outcomes', 'set_scores', 'mu_table']
 
 # %% ../nbs/30a_runs.ipynb #00000004
 import json
@@ -19,6 +19,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 from scipy import stats
+
+from .evaluation import interval
 
 # %% ../nbs/30a_runs.ipynb #00000006
 OKABE_ITO = {"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "yellow": "#F0E442",
@@ -196,17 +198,6 @@ def accuracy_metric(table: pd.DataFrame) -> str:
     return found[0]
 
 # %% ../nbs/30a_runs.ipynb #00000019
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of independent values (n,), the expanded percentile bootstrap; NaN for fewer than two."""
-    values, n = np.asarray(values, dtype=float), len(values)
-    if n < 2:
-        return np.nan, np.nan
-    level = 2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)) - 1
-    found = stats.bootstrap((values,), np.mean, n_resamples=2000, batch=max(1, min(2000, 4_000_000 // n)), confidence_level=float(level),
-                            method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return float(found.low), float(found.high)
-
-
 def problem_scores(samples: pd.DataFrame) -> pd.DataFrame:
     """One row a problem (index set, problem) of a table of samples: `avg`, the share of right answers, and `best`, whether any is."""
     need_columns(samples, "problem", "correct")
@@ -224,7 +215,7 @@ def ending(run: Run) -> dict:
     if "after" in run.evals:
         samples = run.evals.grades("after")
         scores = problem_scores(samples)["avg"].to_numpy()
-        row["accuracy"], (row["low"], row["high"]) = scores.mean(), bootstrap_interval(scores)
+        row["accuracy"], (row["low"], row["high"]) = scores.mean(), map(float, interval(scores))
         row |= {key: samples[column].mean() for key, column in (("length", "tokens"), ("truncated", "truncated")) if column in samples}
     return row
 

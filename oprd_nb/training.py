@@ -30,11 +30,11 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
 
-from .capture import FINAL, backbone_of, blocks_of, capture_each, num_layers_of
+from .capture import FINAL, backbone_of, blocks_of, capture_each, lm_head_of, num_layers_of
 from .core import Positions, Rollouts, measured
 from .evaluation import evaluate
 from .models import check_tokenizer, end_tokens
-from .objectives import Objective, Term, as_objective, check_vocabularies, combine, lm_head_of, log_probs, plan
+from .objectives import Objective, Term, as_objective, check_vocabularies, combine, log_probs, plan
 from .pairing import Pairs, fingerprint
 from .rollouts import HFSampler, Sampler
 from .tasks import Task
