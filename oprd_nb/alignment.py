@@ -206,7 +206,7 @@ def align(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: P
     asked = int(where.mask(rollouts.response_mask).sum())
     held = held_out_responses(torch.arange(len(rollouts)), 1 / 3, seed)
     batches = collect(student, teacher, rollouts, tokenizer, layers, where, teacher_layers="all")
-    reading = read_once(batches, held, min(1, SAMPLED / asked), tokenizer, seed)
+    reading = read_once(batches, held, min(1.0, SAMPLED / asked), tokenizer, seed)
     sample, moments = reading.sample, reading.moments
     unseen = sample.take(held[sample.response.cpu()])
     heldout = {(s, t): (unseen.student[s], unseen.teacher[t]) for s, t in sample.layer_pairs}

@@ -68,6 +68,7 @@ class OPRDConfig(DistillationConfig):
     max_completion_length: int = field(default=16384, metadata={"help": "Tokens a response at most."})
     disable_dropout: bool = field(default=True, metadata={"help": "Student without dropout, like its teacher."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics.jsonl."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
     num_generations: int = field(default=2, metadata={"help": "Responses to each prompt in a step."})
     eval_samples: int = field(default=1, metadata={"help": "Responses to each held-out problem at an evaluation step."})
     eval_temperature: float = field(default=0.7, metadata={"help": "Their sampling temperature; 0 is greedy."})

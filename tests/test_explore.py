@@ -220,7 +220,6 @@ def test_dragging_the_slider_in_a_browser_moves_the_figure(tmp_path):
         before = rank_plot.locator("path.js-line").nth(1).get_attribute("d")
         drag(page, page.locator(".noUi-handle").first, 50)
         expect = playwright.expect
-        expect(rank_plot.locator(".gtitle")).not_to_contain_text("rank 3 ", timeout=30_000)
         expect(rank_plot.locator(".gtitle")).to_have_text(re.compile(r"A bridge of rank (1\d|2\d)"), timeout=30_000)
         assert rank_plot.locator("path.js-line").nth(1).get_attribute("d") != before
 
