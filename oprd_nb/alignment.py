@@ -124,7 +124,7 @@ class Alignment:
         body = [f"| {question} | {answer} |" for question, answer in summary_lines(self).items()]
         return "\n".join([*head, *body]) + f"\n\n**{self.verdict.title}**: {self.verdict.why}."
 
-# %% ../nbs/34_alignment.ipynb #0000000a
+# %% ../nbs/34_alignment.ipynb #0000000b
 FEW_ROWS = 4
 """Fewer fitted rows than this for each dimension of the student, and r* says more about the rows than about the models."""
 
@@ -149,7 +149,7 @@ def summary_lines(alignment: Alignment) -> dict[str, str]:
     lines["tokens with a teacher row"] = f"{counts['paired']:,} of {counts['asked']:,} ({counts['paired'] / counts['asked']:.0%})"
     return lines
 
-# %% ../nbs/34_alignment.ipynb #0000000c
+# %% ../nbs/34_alignment.ipynb #0000000d
 SAMPLED, NEIGHBOURS = 4096, 1024
 """Paired rows that are kept: about so many for held-out ranks, and so many of those for CKA and neighbours."""
 
@@ -181,7 +181,7 @@ def read_once(batches: Iterable[PairedRows], held: Bool[Tensor, "responses"], sh
         paired += len(batch)
     return Reading(moments, join_rows(sample), pd.concat(tokens, ignore_index=True), pd.concat(similarities), paired)
 
-# %% ../nbs/34_alignment.ipynb #0000000e
+# %% ../nbs/34_alignment.ipynb #0000000f
 def layer_table(reading: Reading, few: PairedRows, matrix: pd.DataFrame, ranks: SuggestedRank) -> pd.DataFrame:
     """`Alignment.layers`, from what was read once; neighbours and random pairs are taken among `few` rows."""
     rows = []
@@ -196,7 +196,7 @@ def layer_table(reading: Reading, few: PairedRows, matrix: pd.DataFrame, ranks: 
         table = table.merge(other, on="layer")
     return table[["layer", "teacher_layer", "cosine", "low", "high", "shuffled", "cka", "mutual_knn", "norm_cosine", "token_structure", "rank"]]
 
-# %% ../nbs/34_alignment.ipynb #00000010
+# %% ../nbs/34_alignment.ipynb #00000011
 def align(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, layers: str | int | list[int] = "all",
           positions: str | Positions = "all", seed: int = 0) -> Alignment:
     """Measure a pair on `rollouts` (at least six) in one pass of each model, a third of the responses held out; arguments as in `collect`."""
@@ -219,7 +219,7 @@ def align(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: P
     return Alignment(layer_table(reading, few, matrix, ranks), reading.tokens, matrix, ranks, curve, components,
                      (moments.d_student, moments.d_teacher), counts)
 
-# %% ../nbs/34_alignment.ipynb #00000019
+# %% ../nbs/34_alignment.ipynb #0000001a
 def alignment_figures(alignment: Alignment) -> dict[str, go.Figure]:
     """The figures of an alignment by name: layers, positions, first_and_last_k (where widths agree), cka, rank, rank_cosine."""
     layers, last = alignment.layers, alignment.layers["layer"].max()
@@ -235,7 +235,7 @@ def alignment_figures(alignment: Alignment) -> dict[str, go.Figure]:
 
 Alignment.figures = alignment_figures
 
-# %% ../nbs/34_alignment.ipynb #0000001b
+# %% ../nbs/34_alignment.ipynb #0000001d
 def save_alignment(alignment: Alignment, folder: str | Path) -> Path:
     """Write tables (csv; tokens.parquet), figures (html, one plotly.min.js beside them) and alignment.md into `folder`; returns it."""
     folder, figures = Path(folder), alignment_figures(alignment)
@@ -262,7 +262,7 @@ def read_tokens(folder: str | Path) -> pd.DataFrame:
 
 Alignment.save = save_alignment
 
-# %% ../nbs/34_alignment.ipynb #0000001e
+# %% ../nbs/34_alignment.ipynb #00000020
 @dataclass
 class ProbeArguments:
     """Measure where a student and a teacher agree, and say which kind of distillation that calls for."""
@@ -275,11 +275,11 @@ class ProbeArguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens the student writes to each prompt, at most."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     layers: str = field(default="all", metadata={"help": "Student layers: all, last, even, odd or 1,5,28."})
-    positions: str = field(default="all", metadata={"help": "Response tokens: all, last, last:2000, first:50, last:30%."})
+    positions: str = field(default="all", metadata={"help": "Response tokens: all, last, last:2000, first:50, last:30%%."})
     dtype: str = field(default="auto", metadata={"help": "Precision in which both models are loaded."})
     seed: int = field(default=0, metadata={"help": "Seed of the rollouts and of the split."})
 
-# %% ../nbs/34_alignment.ipynb #0000001f
+# %% ../nbs/34_alignment.ipynb #00000021
 def probe(args: ProbeArguments) -> Alignment:
     """Let the student answer the prompts, read the answers with both models, and write what was found into `args.out`."""
     Positions(args.positions)

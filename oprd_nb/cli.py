@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'BEST_LEARNING_RATE', 'QUICK_LEARNING_RATE', 'COMMANDS', 'distil', 'write_summary', 'versions',
            'DemoArguments', 'embedded_config', 'embedded_objective', 'demo', 'accuracy_of', 'TrainArguments',
            'objective_of', 'training_prompts', 'train', 'EvalArguments', 'evaluate_models', 'ReportArguments', 'report',
-           'usage', 'quiet', 'main']
+           'usage', 'with_names', 'quiet', 'main']
 
 # %% ../nbs/60_cli.ipynb #00000002
 import logging
@@ -22,14 +22,16 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
 from peft import LoraConfig
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from .alignment import ProbeArguments, probe
 from .core import Rollouts, set_seed
 from .evaluation import Evaluation, evaluate, paired_table
 from .models import ModelPair, embedded, load_model, load_tokenizer
@@ -257,14 +259,27 @@ def report(args: ReportArguments) -> None:
 # %% ../nbs/60_cli.ipynb #00000014
 COMMANDS: dict[str, tuple[tuple[type, ...], Callable]] = {
     "demo": ((DemoArguments,), demo), "train": ((TrainArguments, OPRDConfig), train), "eval": ((EvalArguments,), evaluate_models),
-    "report": ((ReportArguments,), report),
+    "probe": ((ProbeArguments,), lambda args: print(probe(args))), "report": ((ReportArguments,), report),
 }
 
 
 def usage() -> str:
     """The list of commands."""
     lines = [f"  oprd {name:8} {types[0].__doc__}" for name, (types, _) in COMMANDS.items()]
-    return "usage: oprd COMMAND [--setting value ...]\n\n" + "\n".join(lines) + "\n\noprd COMMAND --help lists a command's settings."
+    return "usage: oprd COMMAND [value ...] [--setting value ...]\n\n" + "\n".join(lines) + "\n\noprd COMMAND --help lists a command's settings."
+
+
+def with_names(argv: list[str], settings: type) -> list[str]:
+    """`argv` with the bare values before its first flag given the names of `settings`' required fields; a list takes all that are left."""
+    bare = list(takewhile(lambda value: not value.startswith("-"), argv))
+    named, left = [], list(bare)
+    for required in (f for f in fields(settings) if f.default is MISSING and f.default_factory is MISSING):
+        if left:
+            taken, left = (left, []) if str(required.type).startswith("list") else (left[:1], left[1:])
+            named += [f"--{required.name}", *taken]
+    if left:
+        raise ValueError(f"{left[0]!r}: one value too many; name it, as in --setting value")
+    return named + argv[len(bare):]
 
 
 def quiet() -> None:
@@ -287,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     types, run = COMMANDS[argv[0]]
     try:
-        run(*HfArgumentParser(types, prog=f"oprd {argv[0]}", description=types[0].__doc__).parse_args_into_dataclasses(args=argv[1:]))
+        run(*HfArgumentParser(types, prog=f"oprd {argv[0]}", description=types[0].__doc__).parse_args_into_dataclasses(args=with_names(argv[1:], types[0])))
     except (ValueError, OSError) as error:
         print(f"oprd {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

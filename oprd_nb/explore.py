@@ -78,7 +78,7 @@ def layer_map(rows: pd.DataFrame, response: int | None = None) -> go.Figure:
         fig.update_xaxes(tickvals=grid.columns, ticktext=hover, tickangle=-90 if max(map(len, hover)) > 2 else 0, title_text="Token of the response")
     return fig.update_yaxes(**layer_axis(grid.index), showgrid=False).update_layout(margin_b=50)
 
-# %% ../nbs/32_explore.ipynb #0000000e
+# %% ../nbs/32_explore.ipynb #0000000f
 def position_curve(rows: pd.DataFrame, layer: int, response: int | None = None) -> go.Figure:
     """One layer of `layer_map` as a curve over positions."""
     grid = layer_map(rows, response)
@@ -90,7 +90,7 @@ def position_curve(rows: pd.DataFrame, layer: int, response: int | None = None) 
                     hovertemplate="position %{x}: <b>%{customdata}</b><br>cosine %{y:.3f}<extra></extra>")
     return fig.update_xaxes(grid.layout.xaxis).update_layout(margin_b=50)
 
-# %% ../nbs/32_explore.ipynb #00000012
+# %% ../nbs/32_explore.ipynb #00000013
 def redraw(shown: go.FigureWidget, figure: go.Figure) -> None:
     """Show `figure`, which has the same kinds of traces, in the place of what `shown` shows."""
     with shown.batch_update():
@@ -98,7 +98,7 @@ def redraw(shown: go.FigureWidget, figure: go.Figure) -> None:
             old.update({key: new[key] for key in ("x", "y", "z", "customdata") if key in new}, overwrite=True)
         shown.layout.update(figure.layout, overwrite=True)
 
-# %% ../nbs/32_explore.ipynb #00000013
+# %% ../nbs/32_explore.ipynb #00000015
 class LayerExplorer(widgets.VBox):
     """The map of layers and positions with a choice of response; a click on the map, or the slider, chooses the layer of the curve below it."""
 
@@ -121,7 +121,7 @@ class LayerExplorer(widgets.VBox):
         redraw(self.map, layer_map(self.rows, self.response.value))
         redraw(self.curve, position_curve(self.rows, self.layer.value, self.response.value))
 
-# %% ../nbs/32_explore.ipynb #00000018
+# %% ../nbs/32_explore.ipynb #0000001a
 def cka_map(matrix: pd.DataFrame) -> go.Figure:
     """CKA of every student layer with every teacher layer (`cka_matrix`); crosses: the layer pairs of Eq. 11, circles: the best non-decreasing ones."""
     fig = canvas("Which layer stands beside which?", "CKA of hidden states", "Teacher layer", "Student layer")
@@ -133,7 +133,7 @@ def cka_map(matrix: pd.DataFrame) -> go.Figure:
         fig.add_scatter(x=[matrix.columns[t - 1] for _, t in pairs], y=[matrix.index[s - 1] for s, _ in pairs], mode="markers", name=name, marker=marker, hoverinfo="skip")
     return fig.update_xaxes(**layer_axis(matrix.columns)).update_yaxes(**layer_axis(matrix.index), showgrid=False)
 
-# %% ../nbs/32_explore.ipynb #0000001b
+# %% ../nbs/32_explore.ipynb #0000001d
 def probe_curve(tables: Mapping[str, pd.DataFrame], label: str, score: str = "Accuracy") -> go.Figure:
     """Score of a linear probe by layer, with its interval, of each model named in `tables` (`linear_probe`); grey: control and chance."""
     fig = canvas(f"From which layer on can one read {label}?", "linear probe on held-out responses · dotted: shuffled labels", "Layer", score, percent=True)
@@ -145,7 +145,7 @@ def probe_curve(tables: Mapping[str, pd.DataFrame], label: str, score: str = "Ac
     fig.add_scatter(x=table["layer"], y=[chance] * len(table), mode="lines", name=f"chance: {chance:.0%}", line=dict(color=GREY, dash="dash"))
     return fig.update_xaxes(**layer_axis(table["layer"]))
 
-# %% ../nbs/32_explore.ipynb #0000001e
+# %% ../nbs/32_explore.ipynb #00000020
 def error_shares(components: pd.DataFrame) -> pd.DataFrame:
     """E(r) as shares of the teacher's variance: rank (0 is no bridge), truncation, fitting, total; from component, eigenvalue, rho2."""
     need_columns(components, "component", "eigenvalue", "rho2")
@@ -154,7 +154,7 @@ def error_shares(components: pd.DataFrame) -> pd.DataFrame:
     parts = np.concatenate([[[(eigenvalues * rho2).sum(), 0.0]], parts]) / eigenvalues.sum().numpy()
     return pd.DataFrame({"rank": range(len(parts)), "truncation": parts[:, 0], "fitting": parts[:, 1], "total": parts.sum(1)})
 
-# %% ../nbs/32_explore.ipynb #00000021
+# %% ../nbs/32_explore.ipynb #00000023
 def rank_figure(components: pd.DataFrame, curve: pd.DataFrame, rank: int) -> go.Figure:
     """Four views of one layer pair, marked at `rank`: spectrum, shares predicted, cosine and R^2, E(r).
 
@@ -182,7 +182,7 @@ def rank_figure(components: pd.DataFrame, curve: pd.DataFrame, rank: int) -> go.
     fig.update_xaxes(type="log", dtick=1).update_yaxes(tickfont_size=11).update_yaxes(type="log", nticks=5, exponentformat="power", row=1, col=1)
     return fig.update_annotations(font_size=13).update_layout(width=700, height=400, margin=dict(t=80, b=50))
 
-# %% ../nbs/32_explore.ipynb #00000024
+# %% ../nbs/32_explore.ipynb #00000026
 class RankExplorer(widgets.VBox):
     """`rank_figure` under a slider. `components` and `curve` may hold several layers (column `layer`); a menu then chooses one."""
 

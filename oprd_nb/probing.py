@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['READ_TOKENS', 'PairedRows', 'join_rows', 'collect', 'row_cosines', 'layers_in', 'Ratio', 'over_responses',
-           'LayerCosines', 'cosine_by_layer', 'parting', 'cosine_by_k', 'CKA', 'cka', 'cka_matrix', 'mutual_knn',
-           'token_similarities', 'held_out_responses', 'shuffled_labels', 'fit_ridge', 'fit_logistic', 'linear_probe']
+           'LayerCosines', 'cosine_by_layer', 'parting', 'cosine_by_k', 'CKA', 'cka_value', 'cka', 'cka_matrix',
+           'mutual_knn', 'token_similarities', 'held_out_responses', 'shuffled_labels', 'fit_ridge', 'fit_logistic',
+           'linear_probe']
 
 # %% ../nbs/10_probing.ipynb #00000005
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,7 +59,7 @@ class PairedRows:
         states = ({layer: rows[index] for layer, rows in side.items()} for side in (self.student, self.teacher))
         return PairedRows(*states, self.layer_pairs, *(label[index] for label in self.labels()))
 
-# %% ../nbs/10_probing.ipynb #00000008
+# %% ../nbs/10_probing.ipynb #00000009
 def join_rows(parts: Iterable[PairedRows]) -> PairedRows:
     """Several batches as one. ValueError where there is none."""
     parts = list(parts)
@@ -69,7 +70,7 @@ def join_rows(parts: Iterable[PairedRows]) -> PairedRows:
     labels = (torch.cat(label) for label in zip(*(part.labels() for part in parts), strict=True))
     return PairedRows(*sides, parts[0].layer_pairs, *labels)
 
-# %% ../nbs/10_probing.ipynb #0000000a
+# %% ../nbs/10_probing.ipynb #0000000b
 READ_TOKENS = 4096
 """Tokens, padding included, that both models read at a time."""
 
@@ -104,7 +105,7 @@ def _labels(rollouts: Rollouts, rows: Int[Tensor, "rows"], first: int) -> tuple[
     follows = torch.where(predicts, ids.roll(-1), -1)
     return sequence + first, rank[rows] - 1, rollouts.response_lengths[sequence], ids[rows], follows[rows]
 
-# %% ../nbs/10_probing.ipynb #0000000c
+# %% ../nbs/10_probing.ipynb #0000000d
 def collect(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, layers: str | int | list[int] = "all",
             positions: str | Positions = "all", teacher_layers: str | int | list[int] | None = None) -> Iterator[PairedRows]:
     """Read `rollouts` with both models and yield their paired rows batch by batch; `tokenizer` is the student's.
@@ -128,7 +129,7 @@ def collect(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer:
         beside = teacher.capture(pairs, dict.fromkeys(wanted, pairs.rows_beside(rows)))
         yield PairedRows(states, dict(beside), pairs_of_layers, *_labels(batch, rows, index.start))
 
-# %% ../nbs/10_probing.ipynb #00000011
+# %% ../nbs/10_probing.ipynb #00000012
 def row_cosines(batches: Iterable[PairedRows], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """One row a token: response, position, length, text (its token), and under each student layer's number the cosine with the teacher there.
 
@@ -152,7 +153,7 @@ def layers_in(rows: pd.DataFrame) -> list[int]:
     """The layers of a table made by `row_cosines`: its integer columns."""
     return [column for column in rows.columns if isinstance(column, int)]
 
-# %% ../nbs/10_probing.ipynb #00000014
+# %% ../nbs/10_probing.ipynb #00000015
 class Ratio(NamedTuple):
     """A ratio of sums, and its 95 % interval; each (columns,). NaN limits where there is only one response."""
 
@@ -181,7 +182,7 @@ def over_responses(total: Float[np.ndarray, "rows columns"], count: Float[np.nda
                        rng=np.random.default_rng(seed)).confidence_interval
     return Ratio(value, limits.low, limits.high)
 
-# %% ../nbs/10_probing.ipynb #00000017
+# %% ../nbs/10_probing.ipynb #00000018
 class LayerCosines(NamedTuple):
     """Two tables: by layer (layer, cosine, low, high), and the heat map (layer, position, cosine, tokens)."""
 
@@ -201,14 +202,14 @@ def cosine_by_layer(rows: pd.DataFrame, bins: int = 40, seed: int = 0) -> LayerC
     heat_map["tokens"] = heat_map["position"].map(binned.size())
     return LayerCosines(table, heat_map[["layer", "position", "cosine", "tokens"]].astype({"layer": int}))
 
-# %% ../nbs/10_probing.ipynb #0000001b
+# %% ../nbs/10_probing.ipynb #0000001c
 def parting(table: pd.DataFrame) -> tuple[int, float]:
     """The layer at which the angle between the models grows most over the layer before (in degrees); the angle before the first is 0."""
     angle = np.degrees(np.arccos(table["cosine"].clip(-1, 1).to_numpy()))
     step = np.diff(angle, prepend=0.0)
     return int(table["layer"].iloc[step.argmax()]), float(step.max())
 
-# %% ../nbs/10_probing.ipynb #0000001e
+# %% ../nbs/10_probing.ipynb #0000001f
 def cosine_by_k(rows: pd.DataFrame, points: int = 24) -> pd.DataFrame:
     """DataFrame(k, side, cosine): mean over layers and over the first, or last, k tokens of each response (Fig. 8), k log-spaced.
 
@@ -221,15 +222,15 @@ def cosine_by_k(rows: pd.DataFrame, points: int = 24) -> pd.DataFrame:
     table = [(k, side, mean[rank <= k].mean()) for side, rank in ranks.items() for k in ks]
     return pd.DataFrame(table, columns=["k", "side", "cosine"]).dropna(ignore_index=True)
 
-# %% ../nbs/10_probing.ipynb #00000027
+# %% ../nbs/10_probing.ipynb #00000028
 class CKA:
-    """Linear CKA of paired rows, streamed: float64, O(d^2) memory whatever the number of rows; `value(debiased=...)` at any time."""
+    """Linear CKA of paired rows, streamed: float64, O(d^2) memory whatever the number of rows; `value(debiased)` at any time."""
 
     def __init__(self, d_student: int, d_teacher: int, device: torch.device | str = "cpu"):
         self.moments = Moments([(1, 1)], d_student, d_teacher, device)
-        self.origin: Float[Tensor, "d_both"] | None = None
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
-        self.squares, self.products, self.tilts = zeros(2), zeros(2, 2), zeros(2, d_student + d_teacher)
+        self.origin: Tensor | None = None
+        shapes = (2,), (2, 2), (2, d_student + d_teacher)
+        self.squares, self.products, self.tilts = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
 
     def update(self, student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, "rows d_teacher"]) -> None:
         """Take in paired rows, any float dtype. ValueError as in `Moments.update`."""
@@ -244,38 +245,43 @@ class CKA:
             self.products += norms @ norms.T
             self.tilts += norms @ z
 
-    def _norm_products(self, i: int, j: int, scatter: Float[Tensor, "d_i d_j"]) -> Float[Tensor, ""]:
-        """Sum over rows of |x - mean|^2 |y - mean|^2 for sides i and j, from the sums about the origin."""
-        stats, widths = self.moments[1, 1], [self.moments.d_student, self.moments.d_teacher]
-        shifts = (torch.cat([stats.mean_student, stats.mean_teacher]) - self.origin).split(widths)
-        tilts = [row.split(widths) for row in self.tilts]
-        (a, b), (far_a, far_b) = (shifts[i], shifts[j]), (shifts[i].square().sum(), shifts[j].square().sum())
-        return (self.products[i, j] - 2 * tilts[i][j] @ b - 2 * tilts[j][i] @ a + 4 * a @ scatter @ b
-                + far_b * self.squares[i] + far_a * self.squares[j] + stats.count * far_a * far_b)
+# %% ../nbs/10_probing.ipynb #0000002a
+def _norm_products(self: CKA, i: int, j: int, scatter: Float[Tensor, "d_i d_j"]) -> Float[Tensor, ""]:
+    """Sum over rows of |x - mean|^2 |y - mean|^2 for sides i and j, from the sums about the origin."""
+    stats, widths = self.moments[1, 1], [self.moments.d_student, self.moments.d_teacher]
+    shifts = (torch.cat([stats.mean_student, stats.mean_teacher]) - self.origin).split(widths)
+    tilts = [row.split(widths) for row in self.tilts]
+    (a, b), (far_a, far_b) = (shifts[i], shifts[j]), (shifts[i].square().sum(), shifts[j].square().sum())
+    return (self.products[i, j] - 2 * tilts[i][j] @ b - 2 * tilts[j][i] @ a + 4 * a @ scatter @ b
+            + far_b * self.squares[i] + far_a * self.squares[j] + stats.count * far_a * far_b)
 
-    def value(self, debiased: bool = True) -> float:
-        """CKA of all rows seen. ValueError with fewer than four rows, or where one side does not vary."""
-        stats = self.moments[1, 1]
-        n, scatters = stats.count, {(0, 0): stats.scatter_student, (0, 1): stats.scatter_cross, (1, 1): stats.scatter_teacher}
-        if n < 4:
-            raise ValueError(f"rows: {n} seen; debiased CKA needs at least 4")
-        hsic = {pair: scatter.square().sum() for pair, scatter in scatters.items()}
-        if debiased:
-            spread = [scatters[i, i].trace() for i in (0, 1)]
-            for (i, j), scatter in scatters.items():
-                hsic[i, j] = hsic[i, j] - n / (n - 2) * self._norm_products(i, j, scatter) + spread[i] * spread[j] / ((n - 1) * (n - 2))
-        if min(hsic[0, 0], hsic[1, 1]) <= 0:
-            raise ValueError("rows: one side does not vary beyond what chance gives; give more rows, or leave this layer out")
-        return float(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt())
 
-# %% ../nbs/10_probing.ipynb #00000028
+def cka_value(self: CKA, debiased: bool = True) -> float:
+    """CKA of all rows seen. ValueError with fewer than four rows, or where one side does not vary."""
+    stats = self.moments[1, 1]
+    n, scatters = stats.count, {(0, 0): stats.scatter_student, (0, 1): stats.scatter_cross, (1, 1): stats.scatter_teacher}
+    if n < 4:
+        raise ValueError(f"rows: {n} seen; debiased CKA needs at least 4")
+    hsic = {pair: scatter.square().sum() for pair, scatter in scatters.items()}
+    if debiased:
+        spread = [scatters[i, i].trace() for i in (0, 1)]
+        for (i, j), scatter in scatters.items():
+            hsic[i, j] = hsic[i, j] - n / (n - 2) * _norm_products(self, i, j, scatter) + spread[i] * spread[j] / ((n - 1) * (n - 2))
+    if min(hsic[0, 0], hsic[1, 1]) <= 0:
+        raise ValueError("rows: one side does not vary beyond what chance gives; give more rows, or leave this layer out")
+    return float(hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt())
+
+
+CKA.value = cka_value
+
+# %% ../nbs/10_probing.ipynb #0000002b
 def cka(student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, "rows d_teacher"], debiased: bool = True) -> float:
     """Linear centred kernel alignment (Kornblith et al. 2019) of paired rows; `debiased` with the unbiased HSIC (Song et al. 2012), at least 4 rows."""
     streamed = CKA(student.shape[1], teacher.shape[1], student.device)
     streamed.update(student, teacher)
     return streamed.value(debiased)
 
-# %% ../nbs/10_probing.ipynb #0000002c
+# %% ../nbs/10_probing.ipynb #0000002f
 def cka_matrix(rows: PairedRows, most: int = 1024, debiased: bool = True) -> pd.DataFrame:
     """CKA of every student layer (index) with every teacher layer (columns) on at most `most` rows, evenly taken; Gram matrices, O(layers * most^2)."""
     index = torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()
@@ -297,7 +303,7 @@ def _centred_gram(states: Float[Tensor, "rows d"], debiased: bool) -> Float[Tens
     gram += sums.sum() / (n - 1) - sums - sums[:, None]
     return gram.fill_diagonal_(0)
 
-# %% ../nbs/10_probing.ipynb #00000032
+# %% ../nbs/10_probing.ipynb #00000035
 def mutual_knn(student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, "rows d_teacher"], k: int = 10,
                response: Int[Tensor, "rows"] | None = None) -> float:
     """Share of each row's k nearest rows (by cosine) that both models agree on, mean over rows (Huh et al. 2024); chance is k / (rows - 1).
@@ -316,7 +322,7 @@ def mutual_knn(student: Float[Tensor, "rows d_student"], teacher: Float[Tensor, 
         shared += (a[:, :, None] == b[:, None, :]).sum()
     return float(shared) / (k * len(student))
 
-# %% ../nbs/10_probing.ipynb #00000035
+# %% ../nbs/10_probing.ipynb #00000038
 def _token_similarity(states: Float[Tensor, "tokens d"]) -> Float[Tensor, "token_pairs"]:
     """Cosines between the tokens of one response, their common mean removed: the upper triangle, without the diagonal."""
     unit = F.normalize(states - states.mean(0), dim=1)
@@ -339,7 +345,7 @@ def token_similarities(batch: PairedRows, most: int = 512) -> pd.DataFrame:
             values.append((int(r), s, t, float(F.cosine_similarity(a.norm(dim=1), b.norm(dim=1), dim=0)), float(structure)))
     return pd.DataFrame(values, columns=["response", "layer", "teacher_layer", "norm_cosine", "token_structure"])
 
-# %% ../nbs/10_probing.ipynb #00000039
+# %% ../nbs/10_probing.ipynb #0000003c
 def held_out_responses(response: Int[Tensor, "rows"], share: float = 0.3, seed: int = 0) -> Bool[Tensor, "rows"]:
     """Which rows belong to the held-out responses: `share` of them, drawn from `seed`, at least one on each side. ValueError for a single response."""
     labels = response.unique()
@@ -351,7 +357,7 @@ def held_out_responses(response: Int[Tensor, "rows"], share: float = 0.3, seed: 
     drawn = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].to(labels.device)]
     return torch.isin(response, drawn)
 
-# %% ../nbs/10_probing.ipynb #0000003b
+# %% ../nbs/10_probing.ipynb #0000003e
 def shuffled_labels(labels: Tensor, response: Int[Tensor, "rows"], seed: int = 0) -> Tensor:
     """The labels dealt out anew among rows; a label that is one for each response is dealt out among responses instead."""
     generator = torch.Generator().manual_seed(seed)
@@ -361,7 +367,7 @@ def shuffled_labels(labels: Tensor, response: Int[Tensor, "rows"], seed: int = 0
         return first[torch.randperm(len(first), generator=generator)][index]
     return labels[torch.randperm(len(labels), generator=generator)]
 
-# %% ../nbs/10_probing.ipynb #0000003e
+# %% ../nbs/10_probing.ipynb #00000041
 def fit_ridge(x: Float[Tensor, "rows d"], y: Float[Tensor, "rows"], penalty: float) -> Float[Tensor, "d_and_offset 1"]:
     """Weights, then the offset in the last row, that minimise mean (y - f(x))^2 + penalty |w|^2; columns of x must have mean zero."""
     gram = x.T @ x / len(x)
@@ -384,7 +390,7 @@ def fit_logistic(x: Float[Tensor, "rows d"], y: Int[Tensor, "rows"], penalty: fl
         optimizer.step(objective)
     return w.detach()
 
-# %% ../nbs/10_probing.ipynb #00000041
+# %% ../nbs/10_probing.ipynb #00000044
 def _probe_scores(x: Float[Tensor, "rows d"], y: Tensor, held: Bool[Tensor, "rows"], penalty: float) -> tuple[Tensor, Tensor]:
     """Fit on the rows that are not held out; for each held-out row a numerator and a denominator whose sums give accuracy (1 or 0 of 1) or R^2."""
     x = (x - x[~held].mean(0)) / x[~held].std(0).clamp(min=1e-6)
