@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,7 @@ class Term(ABC):
         return Objective([(1.0, self)]) + other
 
 # %% ../nbs/20_objectives.ipynb #0000000c
+@runtime_checkable
 class Projection(Protocol):
     """What `Representation` asks of a bridge: frozen maps of both models' rows into one space."""
 
@@ -162,7 +163,7 @@ class Representation(Term):
             raise ValueError(f"bridge=None: student rows have width {a.shape[-1]}, teacher rows {b.shape[-1]}; fit a bridge for this pair")
         return at_least_float32(a), at_least_float32(b)
 
-# %% ../nbs/20_objectives.ipynb #0000000f
+# %% ../nbs/20_objectives.ipynb #00000010
 CHUNK_ROWS = 1024
 """Rows whose logits exist at the same time."""
 
@@ -188,7 +189,7 @@ def kl(log_p: Float[Tensor, "n vocabulary"], log_q: Float[Tensor, "n vocabulary"
     """D_KL(p || q) a row, in nats."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-# %% ../nbs/20_objectives.ipynb #00000012
+# %% ../nbs/20_objectives.ipynb #00000013
 @dataclass(eq=False)
 class SampledTokenKL(Term):
     """Sampled-token reverse KL (Eq. 3), "top-1": value log p(y) - log q(y), gradient (log-ratio - baseline) * grad log p(y).
@@ -215,7 +216,7 @@ class SampledTokenKL(Term):
         baseline = kl(log_p, log_q).detach() if self.control_variate else 0
         return (ratio + (ratio - baseline) * (chosen - chosen.detach()),)
 
-# %% ../nbs/20_objectives.ipynb #00000014
+# %% ../nbs/20_objectives.ipynb #00000015
 @dataclass(eq=False)
 class TopKKL(Term):
     """Reverse KL on the student's top k (Eq. 5); `renormalize=False` is the sum the paper's experiments use (section 4.1.1)."""
@@ -243,7 +244,7 @@ class TopKKL(Term):
         total_p, total_q = student_logits.logsumexp(-1, keepdim=True), teacher_logits.logsumexp(-1, keepdim=True)
         return (kl((p - total_p).clamp(min=-1e4), (q - total_q).clamp(min=-1e4)),)
 
-# %% ../nbs/20_objectives.ipynb #00000016
+# %% ../nbs/20_objectives.ipynb #00000017
 @dataclass(eq=False)
 class FullKL(Term):
     """Full-vocabulary divergence (Eq. 4): `"reverse"` KL(p||q), `"forward"` KL(q||p) or `"jsd"` with weight `beta` (GKD, 2306.13649)."""
@@ -274,7 +275,7 @@ class FullKL(Term):
         log_m = torch.logaddexp(log_q + math.log(self.beta), log_p + math.log(1 - self.beta))
         return (self.beta * kl(log_q, log_m) + (1 - self.beta) * kl(log_p, log_m),)
 
-# %% ../nbs/20_objectives.ipynb #00000018
+# %% ../nbs/20_objectives.ipynb #00000019
 @dataclass(eq=False)
 class Objective:
     """A weighted sum of terms with one reduction, `"token"` or `"sequence"`; made by `term + weight * term`."""
@@ -327,7 +328,7 @@ def as_objective(objective: "Term | Objective") -> Objective:
         raise ValueError(f"objective={objective!r}: use a term such as Representation(), or a weighted sum of terms")
     return Objective([(1.0, objective)])
 
-# %% ../nbs/20_objectives.ipynb #0000001b
+# %% ../nbs/20_objectives.ipynb #0000001c
 @dataclass
 class Plan:
     """Which rows of which layer both models must deliver, so that every term of an objective finds its own among them."""
@@ -364,7 +365,7 @@ def plan(objective: Objective, pairs: Pairs, num_student_layers: int, num_teache
                 wanted[side][key] = wanted[side][key] | mask if key in wanted[side] else mask
     return Plan(masks, reads, *wanted, pairs)
 
-# %% ../nbs/20_objectives.ipynb #0000001d
+# %% ../nbs/20_objectives.ipynb #0000001e
 def _row_weights(mask: Bool[Tensor, "batch time"], reduction: str) -> Float[Tensor, "n"]:
     """Weight of each supervised row before the division by `counts`: 1, or one over the rows of its response."""
     if reduction == "token":
@@ -394,7 +395,7 @@ def combine(objective: Objective, plan: Plan, student: Captured, teacher: Captur
             metrics[name] = (values.sum(), values.new_tensor(float(len(values))))
     return loss, metrics
 
-# %% ../nbs/20_objectives.ipynb #0000001f
+# %% ../nbs/20_objectives.ipynb #00000020
 def check_vocabularies(objective: Objective, student_tokenizer, teacher_tokenizer) -> None:
     """ValueError where an output-space term would compare distributions over two different vocabularies."""
     if objective.needs_head and fingerprint(student_tokenizer) != fingerprint(teacher_tokenizer):

@@ -236,7 +236,7 @@ class CKA:
         """Take in paired rows, any float dtype. ValueError as in `Moments.update`."""
         self.moments.update((1, 1), student, teacher)
         widths = [self.moments.d_student, self.moments.d_teacher]
-        for pieces in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
+        for pieces in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True) if len(student) else []:
             z = torch.cat([piece.detach().to(self.squares) for piece in pieces], 1)
             self.origin = z.mean(0) if self.origin is None else self.origin
             z = z - self.origin

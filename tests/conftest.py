@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model that is not here is refused at once, not after retries
 
 import pytest
 import torch

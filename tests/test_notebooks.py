@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from check_sync import ROOT, differing
+from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -16,7 +17,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-    passed, seconds = run_notebook(path)
+    passed, seconds = run_notebook(path, skip_flags=get_config().tst_flags.split())
     assert passed, f"{path.name} failed after {seconds:.0f} s; its traceback is above"
 
 
