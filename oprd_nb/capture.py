@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'backbone_of', 'blocks_of', 'num_layers_of', 'Captured', 'flat_rows', 'position_ids_of', 'stopped_after',
-           'hooked', 'capture_each', 'capture', 'at_least_float32', 'lm_head_of']
+           'hooked', 'Shelf', 'capture_each', 'capture', 'at_least_float32', 'lm_head_of']
 
 # %% ../nbs/04_capture.ipynb #00000002
 import inspect
@@ -109,7 +109,23 @@ def _refuse_reentrant(blocks: nn.ModuleList) -> None:
         raise ValueError("gradient_checkpointing_kwargs={'use_reentrant': True}: reentrant checkpointing hides the gradients of "
                          "hidden states; use {'use_reentrant': False}")
 
-# %% ../nbs/04_capture.ipynb #0000000e
+# %% ../nbs/04_capture.ipynb #0000000f
+class Shelf:
+    """One block of memory for the rows of all layers, `sizes` rows each, laid out at the first `put`."""
+
+    def __init__(self, sizes: Mapping[int | str, int]):
+        self.sizes, self.block = dict(sizes), None
+
+    def put(self, key: int | str, hidden: Float[Tensor, "positions d"], rows: Int[Tensor, "n"]) -> Float[Tensor, "n d"]:
+        """`hidden[rows]`, in its place on the shelf; beside the shelf where width, dtype or device are not the first layer's."""
+        if self.block is None:
+            self.block = hidden.new_empty(sum(self.sizes.values()), hidden.shape[1])
+        if (hidden.shape[1], hidden.dtype, hidden.device) != (self.block.shape[1], self.block.dtype, self.block.device):
+            return hidden.index_select(0, rows)
+        start = sum(size for other, size in list(self.sizes.items())[: list(self.sizes).index(key)])
+        return torch.index_select(hidden, 0, rows, out=self.block[start : start + self.sizes[key]])
+
+# %% ../nbs/04_capture.ipynb #00000011
 def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"],
                  wanted: Mapping[int | str, Tensor], final_norm: bool = True) -> Captured:
     """One pass of the backbone; `wanted` maps a layer (1-based, or `FINAL`) to its own rows (a mask or flat indices)."""
@@ -119,10 +135,11 @@ def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attenti
     _refuse_reentrant(blocks)
     after_norm = {key for key in wanted if key == FINAL or (final_norm and key == len(blocks))}
     flat = {key: flat_rows(rows, tuple(input_ids.shape)) for key, rows in wanted.items()}
-    kept, states = {}, {}
+    kept, states, shelf = {}, {}, Shelf({key: len(rows) for key, rows in flat.items()})
 
     def take(key, hidden):
-        states[key] = hidden.flatten(0, 1).index_select(0, flat[key].to(hidden.device))
+        rows, index = hidden.flatten(0, 1), flat[key].to(hidden.device)
+        states[key] = rows.index_select(0, index) if torch.is_grad_enabled() else shelf.put(key, rows, index)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
@@ -144,7 +161,7 @@ def _check_layers(wanted: Mapping[int | str, Tensor], num_layers: int) -> None:
     if wrong or not wanted:
         raise ValueError(f"layers={list(wanted)}: {wrong or 'selects none'}; this model has layers 1 to {num_layers}")
 
-# %% ../nbs/04_capture.ipynb #00000010
+# %% ../nbs/04_capture.ipynb #00000013
 def capture(model: nn.Module, input_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"],
             rows: Bool[Tensor, "batch time"] | Int[Tensor, "n"], layers: list[int], final_norm: bool = True) -> Captured:
     """Hidden states of `layers` (1-based) at `rows`: `captured[layer]` is (n, d), in the model's dtype, without the LM head.
@@ -154,7 +171,7 @@ def capture(model: nn.Module, input_ids: Int[Tensor, "batch time"], attention_ma
     """
     return capture_each(model, input_ids, attention_mask, dict.fromkeys(layers, rows), final_norm)
 
-# %% ../nbs/04_capture.ipynb #00000017
+# %% ../nbs/04_capture.ipynb #0000001a
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision raised to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
