@@ -130,7 +130,7 @@ def embedded_objective(method: str) -> Objective:
 
 def demo(args: DemoArguments) -> None:
     """Run the demo and print where its report lies."""
-    steps, problems, evaluations = (25, 100, 1) if args.quick else (args.steps, 300, 8)
+    steps, problems, evaluations = (16, 60, 1) if args.quick else (args.steps, 300, 8)
     folders = []
     for method, learning_rate in (QUICK_LEARNING_RATE if args.quick else BEST_LEARNING_RATE).items():
         pair = embedded("same")
