@@ -23,9 +23,9 @@ import yaml
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
@@ -33,6 +33,7 @@ from trl.trainer.utils import RepeatSampler
 from .capture import FINAL, backbone_of, blocks_of, capture_each, lm_head_of, num_layers_of
 from .core import Positions, Rollouts, measured
 from .evaluation import evaluate
+from .frozen import FrozenMaps
 from .models import check_tokenizer, end_tokens
 from .objectives import Objective, Term, as_objective, check_vocabularies, combine, log_probs, plan
 from .pairing import Pairs, fingerprint
@@ -145,10 +146,10 @@ def output_diagnostics(student: nn.Module, teacher: Teacher, rollouts: Rollouts,
 
 # %% ../nbs/21_training.ipynb #00000013
 class RunFolder(TrainerCallback):
-    """Writes `config.yaml` and `metrics.jsonl`, and keeps the clock of the steps (`seconds`, evaluation left out)."""
+    """Writes `config.yaml`, `metrics.jsonl` and the bridge where there is one, and keeps the clock of the steps (`seconds`, evaluation left out)."""
 
-    def __init__(self, folder: str | Path, settings: dict):
-        self.folder, self.settings = Path(folder), settings
+    def __init__(self, folder: str | Path, settings: dict, bridge: FrozenMaps | None = None):
+        self.folder, self.settings, self.bridge = Path(folder), settings, bridge
         self.seconds = self.last_step = 0.0
 
     def on_train_begin(self, args, state, control, **_):
@@ -157,6 +158,8 @@ class RunFolder(TrainerCallback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        if self.bridge is not None:
+            self.bridge.save(self.folder)
         path = self.folder / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() and state.global_step else []
         kept = [line for line in lines if line["step"] <= state.global_step]
@@ -219,7 +222,7 @@ class OPRDTrainer(DistillationTrainer):
         self.objective, self.teacher, self.sampler = as_objective(objective), teacher, sampler
         check_tokenizer(model, processing_class, "student")
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
-        self._check_layers_and_widths(model)
+        self._check_layers_and_widths(model, processing_class)
         model = get_peft_model(model, peft_config) if peft_config else model
         freeze_unused(model, self.objective)
         super().__init__(model=model, teacher_model=None, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -228,18 +231,20 @@ class OPRDTrainer(DistillationTrainer):
         self.teacher_model = (prepare_deepspeed(teacher.model, self.accelerator) if self.is_deepspeed_enabled
                               else self.accelerator.prepare_model(teacher.model, evaluation_mode=True))
         self._sums = defaultdict(lambda: [0.0, 0.0])
-        self.run_folder = RunFolder(args.output_dir, self._described() | (settings or {}))
+        bridges = [term.bridge for _, term in self.objective.terms if isinstance(getattr(term, "bridge", None), FrozenMaps)]
+        self.run_folder = RunFolder(args.output_dir, self._described() | (settings or {}), *bridges[:1])
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.run_folder)
         if not args.disable_tqdm:
             self.add_callback(ProgressBar)
 
-    def _check_layers_and_widths(self, model: nn.Module) -> None:
-        """ValueError now, and not at the first step, for layers that do not exist or widths that need a bridge."""
+    def _check_layers_and_widths(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """ValueError now, and not at the first step, for layers that do not exist, widths that need a bridge, or a bridge that does not fit."""
         widths = [m.config.get_text_config().hidden_size for m in (model, self.teacher.model)]
         for _, term in self.objective.terms:
             term.reads(num_layers_of(model), num_layers_of(self.teacher.model))
+            term.check(model, self.teacher, tokenizer)
             if not term.needs_head and getattr(term, "bridge", None) is None and widths[0] != widths[1]:
                 raise ValueError(f"bridge=None: the student is {widths[0]} wide, the teacher {widths[1]}; fit a bridge for this pair")
 

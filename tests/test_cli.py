@@ -6,10 +6,13 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from oprd_nb.bridge import Bridge, load_bridge
 from oprd_nb.cli import BEST_LEARNING_RATE, COMMANDS, TrainArguments, main, objective_of
 from oprd_nb.core import Rollouts
+from oprd_nb.structure import Moments
 
 SHORT = ["--max_steps", "2", "--max_completion_length", "40", "--bf16", "False", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1",
          "--use_cpu", "True", "--save_strategy", "no", "--learning_rate", "1e-3"]
@@ -47,8 +50,44 @@ def test_the_same_command_again_starts_afresh(tmp_path):
 
 @pytest.mark.parametrize("method, mu, names", [("oprd", 0, ["rep"]), ("opd-full", 0, ["full"]), ("opd-topk", 0, ["topk"]), ("opd-sampled", 10, ["sampled", "rep"])])
 def test_methods_by_name(method, mu, names):
-    objective = objective_of(TrainArguments("s", "t", "p", method=method, mu=mu, layers="last"))
+    objective = objective_of(method, TrainArguments("s", "t", "p", method=method, mu=mu, layers="last"))
     assert [term.name for _, term in objective.terms] == names and (not mu or objective.terms[-1][0] == mu)
+
+
+def test_bridge_writes_a_folder_that_train_reads(tmp_path, capsys):
+    asked = ["bridge", "embedded/student", "embedded/teacher_wide", "--limit", "128", "--max_new_tokens", "40", "--rank", "4", "--out", str(tmp_path / "bridge")]
+    assert main(asked) == 0 and "first 4 components" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "bridge").iterdir()} == {"bridge.safetensors", "scores.csv", "report.html"}
+    assert train(tmp_path, "--method", "bridge", "--bridge", str(tmp_path / "bridge"), teacher="embedded/teacher_wide") == 0
+    kept = [load_bridge(tmp_path / folder) for folder in ("bridge", "run")]
+    assert kept[0].header == kept[1].header and all(torch.equal(kept[0].tensors[name], kept[1].tensors[name]) for name in kept[0].tensors)
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
+def test_two_stages_in_one_command(tmp_path, capsys):
+    """The paper's recipe: a bridge fitted on the way, then the sampled token from that student, head and all."""
+    assert train(tmp_path, "--method", "bridge", "--then", "opd-sampled", "--then_learning_rate", "1e-4", "--limit", "128", "--test", "arithmetic", "--samples", "1",
+                 teacher="embedded/teacher_wide") == 0
+    first, second = tmp_path / "run", tmp_path / "run-then-opd-sampled"
+    settings = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (first, second)]
+    assert [s["method"] for s in settings] == ["bridge", "opd-sampled"] and [s["learning_rate"] for s in settings] == [1e-3, 1e-4]
+    assert load_bridge(first).rank == 8 and not (second / "bridge.safetensors").exists()
+    after, before = (pd.read_parquet(path) for path in (first / "eval" / "after.parquet", second / "eval" / "before.parquet"))
+    assert after.response.equals(before.response)  # the second stage starts from the first one's student
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
+def test_a_readout_is_fitted_on_the_way(tmp_path):
+    assert train(tmp_path, "--method", "readout", "--limit", "256", teacher="embedded/teacher_tokens") == 0
+    assert load_bridge(tmp_path / "run").offsets == (0, 1)
+
+
+def foreign_bridge(folder):
+    """A bridge from the embedded student to a teacher of width 7."""
+    moments = Moments([(layer, layer) for layer in (1, 2, 3, 4)], 96, 7)
+    for pair in moments.layer_pairs:
+        moments.update(pair, torch.randn(50, 96), torch.randn(50, 7))
+    return Bridge.fit(moments, rank=2).save(folder / "foreign")
 
 
 def bad_inputs(folder):
@@ -69,6 +108,10 @@ def bad_inputs(folder):
         "an unknown method": (dict(changes=["--method", "magic"]), "method='magic'", "use one of"),
         "an unknown distance": (dict(changes=["--distance", "l3"]), "distance='l3'", "use one of"),
         "unknown positions": (dict(changes=["--positions", "end"]), "positions='end'", "use 'all'"),
+        "mu beside a bridge": (dict(changes=["--method", "bridge", "--mu", "1"]), "mu=1.0", "output-space"),
+        "a bridge for another method": (dict(changes=["--bridge", str(folder)]), "bridge=", "only the methods"),
+        "a bridge that is none": (dict(changes=["--method", "readout", "--bridge", str(folder / "torn.safetensors")]), "torn.safetensors", "oprd bridge"),
+        "a bridge for other models": (dict(changes=["--method", "bridge", "--bridge", str(foreign_bridge(folder))]), "fitted for another teacher", "fit one"),
         "torn rollouts": (dict(changes=["--replay", str(folder / "torn.safetensors")]), "torn.safetensors", "Rollouts.save"),
         "generations that do not divide": (dict(changes=["--num_generations", "3"]), "num_generations=3", "change per_device"),
     }
@@ -77,7 +120,7 @@ def bad_inputs(folder):
 @pytest.mark.parametrize("case", [
     "an unknown layer", "an empty response", "no prompt column", "a missing prompts file", "a missing student", "a missing teacher", "a tokenizer that does not fit",
     "a student's tokenizer that does not fit", "another width", "an unknown method", "an unknown distance", "unknown positions", "torn rollouts",
-    "generations that do not divide"])
+    "generations that do not divide", "mu beside a bridge", "a bridge for another method", "a bridge that is none", "a bridge for other models"])
 def test_bad_input_is_one_line(case, tmp_path, capsys):
     options, named, way_out = bad_inputs(tmp_path)[case]
     assert train(tmp_path, *options.pop("changes", []), **options) == 2
