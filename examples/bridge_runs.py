@@ -1,10 +1,10 @@
 """Both bridges beside output-space distillation, on an embedded pair: learning rates by sweep, numbers with seeds.
 
     python examples/bridge_runs.py --pair cross_architecture --out nbs/results/cross_architecture
-    python examples/bridge_runs.py --pair cross_tokenizer --out nbs/results/cross_tokenizer
+    python examples/bridge_runs.py --pair cross_tokenizer --steps 400 --out nbs/results/cross_tokenizer
 
 The rules are those of `sweep.py`: every method on the same grid of learning rates, the grid grows where its best lies on the edge, the choice is made on the validation
-split with seed 0, and the numbers to quote come from the test split with other seeds. The paper's bridge is swept at rank 8 only, and its rate serves every rank. A bridge
+split with seed 0, and the numbers to quote come from the test split with other seeds. The paper's bridge is swept at rank 8 only and in a third of the steps, and its rate serves every rank. A bridge
 is fitted anew in every run, from that run's seed. `a>b` trains with a for half of the steps and goes on from there with b, each at its own best learning rate; a bridge in
 second place is fitted to the student as it then is.
 
@@ -24,10 +24,10 @@ import pandas as pd  # noqa: E402
 from sweep import GRID, beyond_edge  # noqa: E402
 
 METHODS = {
-    "cross_architecture": ["opd-full", "readout", "bridge-8", "bridge-8>opd-full", "opd-full>bridge-8", "bridge-auto", "bridge-32", "bridge-4"],
+    "cross_architecture": ["opd-full", "readout", "bridge-8", "bridge-8>opd-full", "opd-full>bridge-8", "bridge-auto", "bridge-32", "bridge-4", "readout-directions"],
     "cross_tokenizer": ["readout", "readout-boundaries", "bridge-4-ids"],
 }
-"""`-boundaries` supervises shared byte boundaries only; `-ids` is the reference's way across tokenizers: the teacher is fed the student's ids."""
+"""`-directions` compares unit vectors in place of states with their length; `-boundaries` supervises shared byte boundaries only; `-ids` is the reference's way across tokenizers: the teacher is fed the student's ids."""
 KEY = ["method", "learning_rate", "later_rate", "seed", "steps", "split"]
 
 
@@ -35,7 +35,7 @@ def swept(stage: str) -> str:
     """The method whose sweep gives the learning rate of a stage."""
     if stage.startswith("bridge") and not stage.endswith("-ids"):
         return "bridge-8"
-    return stage.removesuffix("-boundaries")
+    return stage.removesuffix("-boundaries").removesuffix("-directions")
 
 
 def bridge_for(stage: str, pair, seed: int):
@@ -66,8 +66,9 @@ def scores_of(bridge) -> dict[str, float]:
 
 def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: int, split: str) -> dict:
     """Train once, stage by stage, and measure the student before and after on `split`."""
-    from oprd_nb.cli import METHODS as PLAIN
-    from oprd_nb.cli import accuracy_of, distil, embedded_config, quiet, through
+    from oprd_nb.cli import accuracy_of, embedded_config, quiet
+    from oprd_nb.distil import METHODS as PLAIN
+    from oprd_nb.distil import distil, through
     from oprd_nb.models import embedded
     from oprd_nb.objectives import as_objective
     from oprd_nb.tasks import Task
@@ -80,7 +81,8 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
     for i, (stage, rate) in enumerate(zip(stages, rates, strict=True)):
         bridge = bridge_for(stage, pair, seed)
         scores |= scores_of(bridge) if bridge is not None else {}
-        objective = as_objective(through(bridge, positions="all")) if bridge is not None else PLAIN[stage]()
+        term = bridge and through(bridge, positions="all", distance="normalized_mse" if stage.endswith("-directions") else None)
+        objective = as_objective(term) if bridge else PLAIN[stage]()
         pair.student.requires_grad_(True)
         with TemporaryDirectory() as folder:
             config = embedded_config(Path(folder), rate, steps // len(stages), seed + 1000 * i, eval_steps=steps)
@@ -121,7 +123,8 @@ def sweep(pool, path: Path, pair: str, methods: list[str], steps: int) -> pd.Dat
     """Validation accuracy of every method on the grid, grown where its best lies on the edge."""
     rates = {method: list(GRID) for method in methods}
     while True:
-        table = run_missing(pool, path, [(pair, method, [rate], 0, steps, "validation") for method, grid in rates.items() for rate in grid])
+        table = run_missing(pool, path, [(pair, method, [rate], 0, steps // 3 if method == "bridge-8" else steps, "validation")
+                                         for method, grid in rates.items() for rate in grid])
         edges = {method: beyond_edge(table[table.method == method]) for method in methods}
         if not any(edges.values()):
             return table

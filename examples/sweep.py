@@ -23,7 +23,8 @@ GRID = LADDER[4:9]
 
 def one_run(pair_name: str, method: str, learning_rate: float, seed: int, steps: int, split: str) -> dict:
     """Train once and measure the student before and after on `split`."""
-    from oprd_nb.cli import accuracy_of, distil, embedded_config, embedded_objective, quiet
+    from oprd_nb.cli import accuracy_of, embedded_config, embedded_objective, quiet
+    from oprd_nb.distil import distil
     from oprd_nb.models import embedded
     from oprd_nb.tasks import Task
 

@@ -78,7 +78,7 @@ def facts(bridge: Bridge | ReadoutBridge) -> dict[str, str]:
 
 # %% ../nbs/35_bridge_report.ipynb #00000009
 HEADINGS = {"teacher_layer": "teacher layer", "r2": "R²", "explained_variance": "teacher's variance in them", "student": "student itself", "fitted": "fitted map",
-            "as_it_stands": "without rescaling", "share": "share of rows"}
+            "share": "share of rows"}
 """Columns of the stored scores, as a reader would say them."""
 
 

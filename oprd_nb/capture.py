@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +45,20 @@ FINAL = "final"
 
 @dataclass
 class Captured(Mapping):
-    """Packed rows by layer: `captured[layer]` is (n, d); a layer that was not asked for is a KeyError that lists what is there."""
+    """Packed rows by layer: `captured[layer]` is (n, d); a layer that was not asked for is a KeyError that lists what is there.
 
-    states: dict[int | str, Float[Tensor, "n d"]]
+    With gradients the rows are selected anew from the layer's output whenever they are asked for.
+    """
+
+    states: dict[int | str, Tensor | Callable[[], Tensor]]
+    kept: frozenset[int | str] = frozenset()
+    """Layers of which not the rows but what `keep` made of them is there."""
 
     def __getitem__(self, layer: int | str) -> Float[Tensor, "n d"]:
         if layer not in self.states:
             raise KeyError(f"layer {layer!r} was not captured; captured are {list(self.states)}")
-        return self.states[layer]
+        state = self.states[layer]
+        return state() if callable(state) else state
 
     def __iter__(self) -> Iterator[int | str]:
         return iter(self.states)
@@ -127,19 +134,24 @@ class Shelf:
 
 # %% ../nbs/04_capture.ipynb #00000011
 def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"],
-                 wanted: Mapping[int | str, Tensor], final_norm: bool = True) -> Captured:
-    """One pass of the backbone; `wanted` maps a layer (1-based, or `FINAL`) to its own rows (a mask or flat indices)."""
+                 wanted: Mapping[int | str, Tensor], final_norm: bool = True, keep: Mapping[int | str, Callable[[Tensor], Tensor]] | None = None) -> Captured:
+    """One pass of the backbone; `wanted` maps a layer (1-based, or `FINAL`) to its own rows (a mask or flat indices).
+
+    Without gradients, `keep` maps a layer to a function of its rows (n, d), called as they are produced; its result is captured in their place.
+    """
+    keep = {} if keep is None or torch.is_grad_enabled() else keep
     backbone = backbone_of(model)
     blocks = blocks_of(backbone)[1]
     _check_layers(wanted, len(blocks))
     _refuse_reentrant(blocks)
     after_norm = {key for key in wanted if key == FINAL or (final_norm and key == len(blocks))}
     flat = {key: flat_rows(rows, tuple(input_ids.shape)) for key, rows in wanted.items()}
-    kept, states, shelf = {}, {}, Shelf({key: len(rows) for key, rows in flat.items()})
+    kept, states, shelf = {}, {}, Shelf({key: len(rows) for key, rows in flat.items() if key not in keep})
 
     def take(key, hidden):
         rows, index = hidden.flatten(0, 1), flat[key].to(hidden.device)
-        states[key] = rows.index_select(0, index) if torch.is_grad_enabled() else shelf.put(key, rows, index)
+        select = partial(torch.index_select, rows, 0, index)
+        states[key] = select if torch.is_grad_enabled() else keep[key](select()) if key in keep else shelf.put(key, rows, index)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
@@ -152,7 +164,7 @@ def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attenti
         take(key, last)
     for key, hidden in kept.items():
         take(key, hidden)
-    return Captured({key: states[key] for key in wanted})
+    return Captured({key: states[key] for key in wanted}, frozenset(keep) & frozenset(wanted))
 
 
 def _check_layers(wanted: Mapping[int | str, Tensor], num_layers: int) -> None:

@@ -9,7 +9,7 @@ __all__ = ['LEARNING_RATE', 'FEWEST_ROWS', 'READOUT_ROWS', 'ReadoutBridge', 'tar
 
 # %% ../nbs/12a_readout.ipynb #00000004
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .capture import FINAL, at_least_float32, lm_head_of, num_layers_of
 from .core import Positions, Rollouts
 from .frozen import HELD_OUT, FrozenMaps, Header, Side, side_of
-from .pairing import fingerprint
+from .pairing import end_of_turn, fingerprint
 from .probing import held_out_responses, paired_rows
 from .rollouts import encode_prompts
 from .structure import CHUNK, Moments, fit_closed_form
@@ -83,16 +83,12 @@ def divergence(logits: Float[Tensor, "n vocabulary"], target: Tensor) -> Float[T
 # %% ../nbs/12a_readout.ipynb #0000000b
 @dataclass
 class Reader:
-    """The student's frozen head as a function of states that may have any length: it reads them at the length the student's own have."""
+    """A frozen LM head as a function of states of any floating dtype."""
 
     head: Callable[[Tensor], Tensor]
     dtype: torch.dtype
-    length: float | None = None
-    """Mean norm of the student's final states; None reads states as they stand."""
 
-    def __call__(self, states: Float[Tensor, "n d_student"]) -> Float[Tensor, "n vocabulary"]:
-        if self.length is not None:
-            states = F.normalize(states, dim=-1) * self.length
+    def __call__(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
         return at_least_float32(self.head(states.to(self.dtype)))
 
     @torch.no_grad()
@@ -102,9 +98,9 @@ class Reader:
         return 1 / self.head(noise.to(like.device, self.dtype)).std().item()
 
 
-def reader_of(model: nn.Module, length: float | None = None) -> Reader:
-    """The reader of `model`'s head, which takes states of any floating dtype."""
-    return Reader(lm_head_of(model), model.get_output_embeddings().weight.dtype, length)
+def reader_of(model: nn.Module) -> Reader:
+    """The reader of `model`'s head."""
+    return Reader(lm_head_of(model), model.get_output_embeddings().weight.dtype)
 
 
 @torch.no_grad()
@@ -115,7 +111,7 @@ def seen_directions(weight: Float[Tensor, "vocabulary d_student"]) -> Float[Tens
     gains = squares.clamp(min=0).sqrt()
     return (directions * (gains / gains.square().mean().sqrt()).clamp(max=1)).to(weight)
 
-# %% ../nbs/12a_readout.ipynb #0000000d
+# %% ../nbs/12a_readout.ipynb #0000000e
 @dataclass
 class ReadoutProblem:
     """All rows, what the head should say at each, and the head: the loss of a map on some of them."""
@@ -127,9 +123,9 @@ class ReadoutProblem:
     directions: Float[Tensor, "d_student d_student"]
     """In which states may be moved (`seen_directions`)."""
 
-    def loss(self, index: Int[Tensor, "rows"], states_of: Callable[[Tensor], Tensor], read: Callable | None = None) -> Float[Tensor, ""]:
+    def loss(self, index: Int[Tensor, "rows"], states_of: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
         """Mean divergence over the rows `index`, a chunk at a time; `states_of(index)` are the states to be read."""
-        parts = [divergence((read or self.read)(states_of(chunk)), target_of(self.targets, self.teacher, chunk).to(self.teacher.device))
+        parts = [divergence(self.read(states_of(chunk)), target_of(self.targets, self.teacher, chunk).to(self.teacher.device))
                  for chunk in index.split(CHUNK)]
         return torch.cat(parts).mean()
 
@@ -147,7 +143,7 @@ class ReadoutProblem:
         weight = found.directions @ found.weights.T
         return tuple(x.to(self.teacher) for x in (weight, found.mean_teacher - weight @ found.mean_student))
 
-# %% ../nbs/12a_readout.ipynb #0000000f
+# %% ../nbs/12a_readout.ipynb #00000010
 LEARNING_RATE = 0.01
 """Of the readout's fit, in units of `Reader.step`."""
 
@@ -178,33 +174,29 @@ def descend(problem: ReadoutProblem, start: tuple[Tensor, Tensor], fit: Int[Tens
         schedule.step()
     return best[1:]
 
-# %% ../nbs/12a_readout.ipynb #00000011
+# %% ../nbs/12a_readout.ipynb #00000012
 FEWEST_ROWS = 100
 """An offset with fewer rows to fit gets no map, and is not supervised."""
 
 
 @torch.no_grad()
 def _fit_offset(problem: ReadoutProblem, fit: Tensor, unseen: Tensor, width: int, steps: int) -> tuple[Tensor, Tensor, dict]:
-    """Weight, bias and held-out losses of one offset; the map is scaled so that its states are as long as the student's."""
+    """Weight, bias and held-out losses of one offset."""
     start = problem.start(fit, width)
     weight, bias = descend(problem, start, fit, unseen, steps)
-    if problem.read.length is not None:
-        scale = problem.read.length / problem.mapped(weight, bias)(fit).norm(dim=1).mean()
-        weight, bias = weight * scale, bias * scale
-    stand = replace(problem.read, length=None)
-    losses = {"fitted": problem.loss(unseen, problem.mapped(weight, bias)), "as_it_stands": problem.loss(unseen, problem.mapped(weight, bias), stand)}
+    losses = {"fitted": problem.loss(unseen, problem.mapped(weight, bias))}
     if problem.student is not None:
-        losses |= {"student": problem.loss(unseen, lambda index: problem.student[index], stand), "ridge": problem.loss(unseen, problem.mapped(*start))}
+        losses |= {"student": problem.loss(unseen, lambda index: problem.student[index]), "ridge": problem.loss(unseen, problem.mapped(*start))}
     return weight, bias, {name: loss.item() for name, loss in losses.items()}
 
 
 def fit_readout_maps(cls, student: nn.Module, teacher_rows: Float[Tensor, "n d_teacher"], targets: Tensor | Callable[[Tensor], Tensor],
                      student_rows: Float[Tensor, "n d_student"] | None = None, offsets: Int[Tensor, "n"] | None = None,
-                     responses: Int[Tensor, "n"] | None = None, steps: int = 400, at_length: bool = True) -> "ReadoutBridge":
+                     responses: Int[Tensor, "n"] | None = None, steps: int = 400) -> "ReadoutBridge":
     """Fit R_o so that `student`'s frozen head, reading R_o(h_T), says `targets`: the teacher's distribution (by KL) or token ids (by cross-entropy).
 
-    `targets`: (n, vocabulary) probabilities or logits, (n,) ids, or a head that makes logits of teacher rows. `student_rows` are the student's final states
-    at the same positions: the start, and with `at_length` the length at which states are read. `responses` (n,) names each row's response; a fifth is held out.
+    `targets`: (n, vocabulary) probabilities or logits, (n,) ids, or a head that makes logits of teacher rows. `student_rows`, the student's final states
+    at the same positions, give the start. `responses` (n,) names each row's response; a fifth is held out.
     """
     side, n = side_of(student), len(teacher_rows)
     for name, given in (("student_rows", student_rows), ("offsets", offsets), ("responses", responses), ("targets", None if callable(targets) else targets)):
@@ -213,9 +205,7 @@ def fit_readout_maps(cls, student: nn.Module, teacher_rows: Float[Tensor, "n d_t
     rows = [at_least_float32(x) for x in (teacher_rows, student_rows) if x is not None]
     offsets = torch.zeros(n, dtype=torch.long, device=teacher_rows.device) if offsets is None else offsets
     held = held_out_responses(torch.arange(n, device=teacher_rows.device) if responses is None else responses, HELD_OUT)
-    length = float(rows[1].norm(dim=1).mean()) if at_length and student_rows is not None else None
-    problem = ReadoutProblem(rows[0], rows[1] if student_rows is not None else None, targets, reader_of(student, length),
-                             seen_directions(student.get_output_embeddings().weight))
+    problem = ReadoutProblem(rows[0], rows[1] if student_rows is not None else None, targets, reader_of(student), seen_directions(student.get_output_embeddings().weight))
     maps, scores = [], []
     for offset in offsets.unique().tolist():
         here = offsets == offset
@@ -237,7 +227,7 @@ def _are_ids(targets: Tensor | Callable) -> bool:
 
 ReadoutBridge.fit = classmethod(fit_readout_maps)
 
-# %% ../nbs/12a_readout.ipynb #00000013
+# %% ../nbs/12a_readout.ipynb #00000014
 READOUT_ROWS = 65_536
 """About how many rows are kept to fit a readout, drawn evenly."""
 
@@ -265,12 +255,11 @@ def readout_rows(student: nn.Module, teacher: Teacher, rollouts: Rollouts, token
     return ReadoutRows(*(torch.cat(part) for part in zip(*parts, strict=True)), paired / asked)
 
 
-def fit_readout(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, steps: int = 400, at_length: bool = True) -> ReadoutBridge:
+def fit_readout(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, steps: int = 400) -> ReadoutBridge:
     """A `ReadoutBridge` from rollouts: by KL with one tokenizer (the student's own rollouts), by cross-entropy with two (text the *teacher* wrote, `retokenized`)."""
     rows = readout_rows(student, teacher, rollouts, tokenizer)
     shared = fingerprint(tokenizer) == fingerprint(teacher.tokenizer)
-    fitted = ReadoutBridge.fit(student, rows.teacher, reader_of(teacher.model) if shared else rows.next_tokens, rows.student, rows.offsets, rows.responses,
-                               steps, at_length)
+    fitted = ReadoutBridge.fit(student, rows.teacher, reader_of(teacher.model) if shared else rows.next_tokens, rows.student, rows.offsets, rows.responses, steps)
     offsets = rows.offsets.new_tensor(fitted.offsets)
     return fitted.fitted_for(student, teacher, tokenizer, True, rows.coverage * float(torch.isin(rows.offsets, offsets).float().mean()))
 
@@ -282,9 +271,9 @@ def retokenized(rollouts: Rollouts, writer: PreTrainedTokenizerBase, reader: Pre
     """
     if rollouts.prompts is None:
         raise ValueError("rollouts.prompts is None: another tokenizer reads each prompt through its own template; give chat messages")
-    cut = rollouts.truncated([writer.eos_token_id] if ends is None else ends).tolist()
-    bodies = reader(rollouts.texts(writer), add_special_tokens=False)["input_ids"]
-    responses = [ids + [reader.eos_token_id] * (not unended) for ids, unended in zip(bodies, cut, strict=True)]
+    cut = rollouts.truncated([end_of_turn(writer), writer.eos_token_id] if ends is None else ends).tolist()
+    bodies = reader(rollouts.texts(writer), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    responses = [ids + [end_of_turn(reader)] * (not unended) for ids, unended in zip(bodies, cut, strict=True)]
     kept = [i for i, ids in enumerate(responses) if ids]
     prompts = [rollouts.prompts[i] for i in kept]
     return Rollouts.from_ids(encode_prompts(reader, prompts), [responses[i] for i in kept], reader.pad_token_id, prompts)

@@ -396,16 +396,13 @@ def test_held_out_responses_are_never_fitted_and_their_rows_are_few(wide, monkey
 
 def test_readout_kl_falls(wide, readout):
     score = readout.scores.iloc[0]
-    assert score.student > 2 * score.ridge > 4 * score.fitted
-    free = fit_readout(*wide.all, at_length=False).scores.iloc[0]
-    assert free.fitted < 0.01 and free.fitted == free.as_it_stands  # the unreachable optimum that a free length allows
+    assert score.student > 2 * score.ridge > 4 * score.fitted and score.fitted < 0.02
     rows = readout_rows(*wide.all)
     held = held_out_responses(rows.responses, HELD_OUT)
     states = readout.project_teacher(4, rows.teacher[held])
-    read = lm_head_of(wide.student)(F.normalize(states) * rows.student.norm(dim=1).mean()).log_softmax(-1)
+    read = lm_head_of(wide.student)(states).log_softmax(-1)
     q = lm_head_of(wide.teacher.model)(rows.teacher[held]).log_softmax(-1)
     assert (q.exp() * (q - read)).sum(-1).mean().item() == pytest.approx(score.fitted, rel=1e-3)
-    assert states.norm(dim=1).mean().item() == pytest.approx(rows.student.norm(dim=1).mean().item(), rel=0.02)
 
 
 def test_cross_entropy_falls_at_every_offset(by_offset):

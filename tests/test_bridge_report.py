@@ -51,8 +51,8 @@ def test_a_bridge_without_scores_says_so(tmp_path):
 
 
 def test_the_figure_shows_what_is_stored(tmp_path):
-    scores = [{"offset": 0, "rows": 90, "share": 0.9, "fitted": 0.1, "as_it_stands": 0.1, "student": 0.4, "ridge": 0.2},
-              {"offset": 2, "rows": 10, "share": 0.1, "fitted": 0.3, "as_it_stands": 0.3, "student": 0.8, "ridge": 0.6}]
+    scores = [{"offset": 0, "rows": 90, "share": 0.9, "fitted": 0.1, "student": 0.4, "ridge": 0.2},
+              {"offset": 2, "rows": 10, "share": 0.1, "fitted": 0.3, "student": 0.8, "ridge": 0.6}]
     header = Header([(4, 6)], Side(3), Side(5), 3, "cross-entropy", 90, (0, 2), scores=scores)
     made = ReadoutBridge(header, {"weight": torch.zeros(2, 3, 5), "bias": torch.zeros(2, 3)})
     figure = bridge_figure(made)

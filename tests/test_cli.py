@@ -155,3 +155,22 @@ def test_demo_uses_the_learning_rates_the_sweep_found():
     for method, rows in table.groupby("method"):
         rates, best = sorted(rows.learning_rate), rows.loc[rows.accuracy.idxmax(), "learning_rate"]
         assert BEST_LEARNING_RATE[method] == pytest.approx(best) and len(rates) >= 5 and best not in (rates[0], rates[-1])
+
+
+def test_a_run_is_resumed_exported_and_evaluated(tmp_path, capsys):
+    """Two of four steps, then the rest by --resume, then a plain model folder that `oprd eval` loads."""
+    steps = ["--save_strategy", "steps", "--save_steps", "2"]
+    assert train(tmp_path, *steps, "--lora", "4") == 0
+    assert train(tmp_path, *steps, "--lora", "4", "--max_steps", "4", "--resume", "true") == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4]
+    assert main(["export", str(tmp_path / "run")]) == 0 and "model:" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "run" / "export"), "--task", "arithmetic", "--samples", "1", "--max_new_tokens", "40", "--limit", "5", "--out", str(tmp_path / "eval")]) == 0
+    assert {path.suffix for path in (tmp_path / "eval").iterdir()} == {".parquet", ".md", ".tex", ".csv"}
+    assert main(["export", str(tmp_path / "nowhere")]) == 2
+
+
+def test_bench_prints_and_stores(tmp_path, capsys):
+    assert main(["bench", "loss-path", "--tiny", "true", "--rounds", "1", "--methods", "floor,oprd", "--out", str(tmp_path)]) == 0
+    assert "time_ratio" in capsys.readouterr().out and (tmp_path / "loss-path.json").exists()
+    assert main(["bench", "magic"]) == 2

@@ -16,6 +16,7 @@ from scipy import stats
 
 from oprd_nb.core import Rollouts
 from oprd_nb.evaluation import (
+    LATEX_NOTE,
     Evaluation,
     avg_at_k,
     best_at_k,
@@ -23,6 +24,7 @@ from oprd_nb.evaluation import (
     dist_4g,
     distinct_n,
     evaluate,
+    export_table,
     interval,
     maj_at_k,
     paired_table,
@@ -369,6 +371,35 @@ def test_the_table_in_every_format(several, tmp_path):
     table.to_csv(tmp_path / "table.csv")
     stored = pd.read_csv(tmp_path / "table.csv")
     pd.testing.assert_frame_equal(stored, table.rows, check_dtype=False)
+
+
+@pytest.mark.parametrize(("name", "written"), [("t2", ["t2.csv", "t2.md", "t2.tex"]), ("v0.2", ["v0.2.csv", "v0.2.md", "v0.2.tex"]), ("t2.tex", ["t2.tex"]), ("t2.md", ["t2.md"]),
+                                               ("t2.csv", ["t2.csv"])])
+def test_an_exported_table_is_the_table(several, tmp_path, name, written):
+    table = paired_table(several, metrics=["avg@4"], outside=["teacher"])
+    files = export_table(table, tmp_path / "deep" / name)
+    assert sorted(file.name for file in files) == written == sorted(file.name for file in (tmp_path / "deep").iterdir())
+    wanted = {".md": f"{table.to_markdown()}\n", ".tex": f"{LATEX_NOTE}\n{table.to_latex()}\n", ".csv": table.to_csv()}
+    assert all(file.read_text("utf-8") == wanted[file.suffix] for file in files) and LATEX_NOTE.startswith("%") and "\n" not in LATEX_NOTE
+
+
+def test_the_formats_mark_the_same_cells(several):
+    table = paired_table(several, metrics=["avg@4", "truncated"], outside=["teacher"])
+    markdown = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in str(table).splitlines()[2:6]]
+    latex = [[cell.strip() for cell in line.removesuffix(r"\\").split("&")][1:] for line in table.to_latex().splitlines()[4:8]]
+    for rows in zip(markdown, latex, strict=True):
+        for cell, other in zip(*rows, strict=True):
+            assert ("**" in cell, "≈" in cell) == ("textbf" in other, "approx" in other)
+            assert cell.strip("*≈ ") in other
+    assert sum("**" in cell for row in markdown for cell in row) >= 2 and any("≈" in cell for row in markdown for cell in row)
+
+
+def test_names_with_signs_of_both_languages(several):
+    rows = several["good"]
+    table = paired_table({r"runs\a_1|50%~{x}^2 & #$": rows, "plain": several["bad"]}, metrics=["avg@4"])
+    line = table.to_latex().splitlines()[4]
+    assert line.startswith(r"runs\textbackslash{}a\_1|50\%\textasciitilde{}\{x\}\textasciicircum{}2 \& \#\$ & ") and line.replace(r"\&", "").count("&") == 2
+    assert str(table).splitlines()[2].replace(r"\|", "").count("|") == 4
 
 
 def test_fewer_truncations_are_better_and_a_missing_set_is_a_dash(several):

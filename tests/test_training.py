@@ -90,6 +90,28 @@ def test_accumulation_changes_nothing(name, term, stored, tmp_path):
         torch.testing.assert_close(pieces[key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key)
 
 
+@pytest.mark.parametrize("budget", [200, 900])
+def test_a_token_budget_changes_nothing(name_and_budget_term, budget, stored, tmp_path):
+    """Cut by length and trimmed, a batch gives the gradients, the loss and the metrics of the whole one."""
+    name, term = name_and_budget_term
+    runs = []
+    for tokens in (0, budget):
+        pair = embedded(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            trainer, seen = train(tmp_path / str(tokens), pair, term, ReplaySampler(stored, pair.tokenizer), token_budget=tokens)
+        runs.append((seen.kept, next(line for line in trainer.state.log_history if "loss" in line)))
+    for key, value in runs[0][0].items():
+        torch.testing.assert_close(runs[1][0][key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key)
+    for metric in ("loss", *(m for m in runs[0][1] if m.startswith(("rep/", "full/")))):
+        assert runs[1][1][metric] == pytest.approx(runs[0][1][metric], rel=1e-4, abs=1e-6), metric
+
+
+@pytest.fixture(params=["same", "cross_tokenizer"])
+def name_and_budget_term(request):
+    return request.param, FullKL() + 2 * Representation(positions="last:5") if request.param == "same" else Representation(positions="all")
+
+
 def test_sequence_reduction_survives_accumulation(same, stored, tmp_path):
     objective = (FullKL() + 3 * Representation(positions="all")).with_reduction("sequence")
     gradients = [train(tmp_path, embedded("same"), objective, ReplaySampler(stored, same.tokenizer), per_device_train_batch_size=size, gradient_accumulation_steps=64 // size)[1].kept
