@@ -230,7 +230,7 @@ def _workers(shape: Shape, methods: Sequence[str]):
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-
+# %% ../nbs/50_bench.ipynb #0000000f
 def bench_loss_path(shape: Shape = SMOLLM2, methods: Sequence[str] | None = None, rounds: int = 5) -> pd.DataFrame:
     """DataFrame(method, round, seconds, delta_peak in bytes): every method in a process of its own, rounds interleaved, one step at a time."""
     methods = list(methods_for(shape)) if methods is None else list(methods)
@@ -245,14 +245,14 @@ def bench_loss_path(shape: Shape = SMOLLM2, methods: Sequence[str] | None = None
                 rows.append({"method": method, "round": n, "seconds": seconds, "delta_peak": peak})
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/50_bench.ipynb #00000011
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
     """Medians by method, and their ratios to the floor's of the same run."""
     medians = measurements.groupby("method", sort=False)[["seconds", "delta_peak"]].median()
     ratios = (medians / medians.loc["floor"]).rename(columns={"seconds": "time_ratio", "delta_peak": "peak_ratio"})
     return medians.join(ratios).reset_index()
 
-# %% ../nbs/50_bench.ipynb #00000010
+# %% ../nbs/50_bench.ipynb #00000014
 def target_bytes(shape: Shape, rank: int | None = None) -> int:
     """Bytes of the captured targets of all layers, full width or of a bridge's rank, as the teacher's pass leaves them."""
     term = Representation(positions=f"last:{shape.k}", bridge=None if rank is None else random_bridge(shape, rank))
@@ -262,7 +262,7 @@ def target_bytes(shape: Shape, rank: int | None = None) -> int:
         kept = capture_each(teacher, rollouts.input_ids, rollouts.attention_mask, wanted.teacher_rows, True, wanted.keep)
     return sum(rows.numel() * rows.element_size() for rows in kept.values())
 
-# %% ../nbs/50_bench.ipynb #00000013
+# %% ../nbs/50_bench.ipynb #00000017
 def bench_growth(axis: str, values: Sequence[int], shape: Shape = SMOLLM2, methods: Sequence[str] = ("floor", "oprd", "opd-full"), rounds: int = 1) -> pd.DataFrame:
     """`bench_loss_path` for each value of `axis` (a field of `Shape`: response, k, layers, vocabulary), with a column of that name."""
     if axis not in ("response", "k", "layers", "vocabulary"):
@@ -277,7 +277,7 @@ def over_floor(growth: pd.DataFrame, axis: str) -> pd.DataFrame:
     floors = medians.xs("floor", level="method")
     return (medians.drop(index="floor", level="method") - floors).reset_index()
 
-# %% ../nbs/50_bench.ipynb #00000016
+# %% ../nbs/50_bench.ipynb #0000001a
 def log_uniform(n: int, low: int, high: int) -> list[int]:
     """`n` lengths, evenly spread over the logarithm, in a fixed shuffled order."""
     lengths = torch.logspace(torch.tensor(float(low)).log10(), torch.tensor(float(high)).log10(), n).round().long()
@@ -304,7 +304,7 @@ def bench_ragged(shape: Shape = SMOLLM2, responses: int = 16, low: int = 32, bud
     difference = (gradients["padded"] - gradients["by length"]).norm() / gradients["padded"].norm()
     return pd.DataFrame(rows).assign(difference=difference.item())
 
-# %% ../nbs/50_bench.ipynb #00000019
+# %% ../nbs/50_bench.ipynb #0000001d
 def bench_sampler(sampler=None, prompts: int = 16, max_new_tokens: int = 128, rounds: int = 3) -> pd.DataFrame:
     """DataFrame(round, tokens, seconds, tokens_per_second) of a sampler on the embedded student's prompts, after one warm-up; transformers by default."""
     pair = embedded("same")
@@ -323,7 +323,7 @@ def bench_bridge(shape: Shape = SMOLLM2, ranks: Sequence[int] = (4, 8, 32)) -> p
     full = target_bytes(shape)
     return pd.DataFrame([{"rank": rank, "bytes": (kept := target_bytes(shape, rank)), "share": kept / full} for rank in ranks])
 
-# %% ../nbs/50_bench.ipynb #0000001c
+# %% ../nbs/50_bench.ipynb #00000020
 def stamp(shape: Shape) -> dict:
     """Where and with what something was measured."""
     card = torch.cuda.get_device_name() if shape.device == "cuda" else None
@@ -356,7 +356,7 @@ def cost_figure(table: pd.DataFrame) -> go.Figure:
                         hovertemplate=f"{LABELS[row.method]}<br>{row.seconds:.2f} s, {bytes_text(row.delta_peak)}<extra></extra>")
     return fig.update_layout(showlegend=False, width=680, height=430).update_xaxes(type="log", tickvals=[0.5, 0.75, 1, 1.5, 2, 3, 4]).update_yaxes(type="log", tickvals=[0.5, 1, 2, 4, 8])
 
-# %% ../nbs/50_bench.ipynb #0000001f
+# %% ../nbs/50_bench.ipynb #00000023
 KINDS = ("loss-path", "bridge", "sampler", "ragged", "growth", "step")
 
 

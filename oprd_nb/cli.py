@@ -154,7 +154,7 @@ def bridge_of(method: str, args: TrainArguments, config: OPRDConfig, pair: Model
                             max_new_tokens=config.max_completion_length, seed=config.seed)
     return fit_for(asked, pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), pair.tokenizer, list(pair.task.train["prompt"][: asked.limit]))
 
-
+# %% ../nbs/60_cli.ipynb #cut050275b
 def training_prompts(args: TrainArguments) -> Task:
     """The prompts to train on, wherever the set keeps them, and the test set where one is named."""
     task = load_task(args.prompts)
@@ -227,7 +227,7 @@ def evaluate_models(args: EvalArguments) -> None:
     export_table(table, Path(args.out) / task.name)
     print(f"samples, and the table as Markdown, LaTeX and CSV: {Path(args.out).resolve()}")
 
-
+# %% ../nbs/60_cli.ipynb #cut412407b
 @dataclass
 class ReportArguments:
     """Write one self-contained HTML page from run folders."""

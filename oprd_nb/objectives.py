@@ -331,7 +331,7 @@ class Picked(Sequence):
     def __len__(self) -> int:
         return len(self.makers)
 
-
+# %% ../nbs/20_objectives.ipynb #cut349593b
 @dataclass
 class Plan:
     """Which rows of which layer both models must deliver, so that every term of an objective finds its own among them."""
@@ -378,7 +378,7 @@ class Plan:
     def _own(among: Bool[Tensor, "captured"], rows: Float[Tensor, "captured d"]) -> Float[Tensor, "n d"]:
         return rows if among.all() else rows[among.to(rows.device)]
 
-
+# %% ../nbs/20_objectives.ipynb #cut308317b
 def plan(objective: Objective, pairs: Pairs, num_student_layers: int, num_teacher_layers: int) -> Plan:
     """The union of what the terms of `objective` read, for these pairs and model depths."""
     masks = [term.rows(pairs) for _, term in objective.terms]

@@ -108,7 +108,7 @@ class RunFolder(TrainerCallback):
         values = {k.replace("eval_", "eval/", 1): v for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
         append_line(self.folder / "metrics.jsonl", {"step": state.global_step, "seconds": round(self.seconds, 3)} | values)
 
-
+# %% ../nbs/20a_run_folder.ipynb #cut389903b
 def _replace(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
     unfinished = path.with_name(path.name + ".part")

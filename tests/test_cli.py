@@ -10,8 +10,12 @@ import torch
 import yaml
 
 from oprd_nb.bridge import Bridge, load_bridge
+from oprd_nb.capture import FINAL
 from oprd_nb.cli import BEST_LEARNING_RATE, COMMANDS, TrainArguments, main, objective_of
 from oprd_nb.core import Rollouts
+from oprd_nb.distil import through
+from oprd_nb.frozen import Header, Side
+from oprd_nb.readout import ReadoutBridge
 from oprd_nb.structure import Moments
 
 SHORT = ["--max_steps", "2", "--max_completion_length", "40", "--bf16", "False", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1",
@@ -88,6 +92,12 @@ def foreign_bridge(folder):
     for pair in moments.layer_pairs:
         moments.update(pair, torch.randn(50, 96), torch.randn(50, 7))
     return Bridge.fit(moments, rank=2).save(folder / "foreign")
+
+
+def test_a_readout_asks_for_the_state_and_a_bridge_for_its_direction(tmp_path):
+    readout = ReadoutBridge(Header([(4, FINAL)], Side(96), Side(7), 96, "KL", 0), {"weight": torch.zeros(1, 96, 7), "bias": torch.zeros(1, 96)})
+    assert [through(made).distance for made in (readout, load_bridge(foreign_bridge(tmp_path)))] == ["mse", "normalized_mse"]
+    assert through(readout, distance="cosine").distance == "cosine" and through(readout, layers="all").layers == "last" and through(readout).predicting
 
 
 def bad_inputs(folder):
