@@ -9,7 +9,8 @@ is fitted anew in every run, from that run's seed. `a>b` trains with a for half 
 second place is fitted to the student as it then is.
 
 Three tables: `<out>_sweep.csv` and `<out>_final.csv` (method, learning_rate, seed, before, accuracy, coverage, the bridge's own held-out scores), and `<out>_coverage.csv`
-(share of the student's tokens by byte offset into the teacher's next token). Rows are added as runs end; what a table already holds is not run again.
+(share of the student's tokens by byte offset into the teacher's next token). Rows are added as runs end; what a table already holds is not run again. A
+student that comes to write what the teacher cannot read counts as 0.
 """
 import argparse
 import os
@@ -75,6 +76,7 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
 
     quiet()
     pair, stages, results, scores = embedded(pair_name), method.split(">"), [], {}
+    row = dict(pair=pair_name, method=method, learning_rate=rates[0], later_rate=rates[-1], seed=seed, steps=steps, split=split)
     pair.task = Task(pair.task.name, train=pair.task.train, test=getattr(pair.task, split))
     if method.endswith("-ids"):
         pair.teacher_tokenizer = pair.tokenizer
@@ -87,10 +89,14 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
         with TemporaryDirectory() as folder:
             config = embedded_config(Path(folder), rate, steps // len(stages), seed + 1000 * i, eval_steps=steps)
             config.eval_strategy, config.eval_on_start, config.disable_tqdm = "no", False, True
-            results.append(distil(pair, objective, config, {"method": method}, held_out=500))
+            try:
+                results.append(distil(pair, objective, config, {"method": method}, held_out=500))
+            except ValueError as error:
+                if "min_coverage" not in str(error):
+                    raise
+                return row | dict(before=float("nan"), accuracy=0.0, coverage=0.0) | scores  # a student that writes nothing the teacher could read
             coverage = pd.read_json(f"{folder}/metrics.jsonl", lines=True)["pairing/coverage"].mean()
-    return dict(pair=pair_name, method=method, learning_rate=rates[0], later_rate=rates[-1], seed=seed, steps=steps, split=split,
-                before=accuracy_of(results[0]["before"]), accuracy=accuracy_of(results[-1]["after"]), coverage=coverage) | scores
+    return row | dict(before=accuracy_of(results[0]["before"]), accuracy=accuracy_of(results[-1]["after"]), coverage=coverage) | scores
 
 
 def coverage_table(pair_name: str, prompts: int = 1024) -> pd.DataFrame:
