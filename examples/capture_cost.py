@@ -19,7 +19,7 @@ os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 import torch  # noqa: E402
 
 from oprd_nb.capture import backbone_of, capture, num_layers_of  # noqa: E402
-from oprd_nb.core import Positions, measured, set_seed  # noqa: E402
+from oprd_nb.core import RETURN_MEMORY, Positions, measured, set_seed  # noqa: E402
 from oprd_nb.models import load_model  # noqa: E402
 
 
@@ -70,14 +70,10 @@ def peak(name: str, time: int) -> int:
     return cost.delta_peak
 
 
-GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-"""glibc returns every freed tensor to the system at once, so that the resident peak is that of the tensors alive and not of the heap's history."""
-
-
 def peak_of_a_process(name: str, time: int) -> int:
     """`peak`, measured in a fresh process."""
     command = [sys.executable, __file__, "--peak", name, str(time)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK).stdout)
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | RETURN_MEMORY).stdout)
 
 
 def main() -> None:

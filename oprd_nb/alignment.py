@@ -283,9 +283,7 @@ class ProbeArguments:
 def probe(args: ProbeArguments) -> Alignment:
     """Let the student answer the prompts, read the answers with both models, and write what was found into `args.out`."""
     Positions(args.positions)
-    task = load_task(args.prompts)
-    problems = task.train if task.train is not None else task.test
-    prompts = problems["prompt"][: args.limit or None]
+    prompts = load_task(args.prompts).problems["prompt"][: args.limit or None]
     student, tokenizer = load_model(args.student, dtype=args.dtype), load_tokenizer(args.student)
     Layers(args.layers).of(num_layers_of(student))
     teacher = Teacher(load_model(args.teacher, dtype=args.dtype), load_tokenizer(args.teacher))

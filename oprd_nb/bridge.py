@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .capture import at_least_float32, num_layers_of
 from .core import Layers, Positions, Rollouts
-from .frozen import HELD_OUT, FrozenMaps, Header, Side, kind_of, side_of
+from .frozen import HELD_OUT, FrozenMaps, Header, Side, load_maps, side_of
 from .pairing import pair_layers
 from .probing import held_out_responses, paired_rows
 from .readout import ReadoutBridge
@@ -183,4 +183,4 @@ def fit_bridge(student: nn.Module, teacher: Teacher, rollouts: Rollouts, tokeniz
 # %% ../nbs/12_bridge.ipynb #00000018
 def load_bridge(path: str | Path) -> "Bridge | ReadoutBridge":
     """The bridge of either kind that `save` wrote to this file or folder. ValueError where there is none that can be read."""
-    return (ReadoutBridge if kind_of(path) == ReadoutBridge.__name__ else Bridge).load(path)
+    return load_maps(path, Bridge, ReadoutBridge)

@@ -145,8 +145,7 @@ class BridgeArguments:
 def prompts_of(args: BridgeArguments) -> list:
     """The chat messages to write responses to."""
     task = load_task(args.prompts or ("arithmetic" if args.student.startswith("embedded/") else "dapo"))
-    problems = task.train if task.train is not None else task.test
-    return list(problems["prompt"][: args.limit or None])
+    return list(task.problems["prompt"][: args.limit or None])
 
 
 def fit_for(args: BridgeArguments, student: nn.Module, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, prompts: list) -> Bridge | ReadoutBridge:

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'NO_ROW', 'BOUNDARY', 'UNKNOWN', 'KINDS', 'to_read', 'stored_rollouts', 'token_texts', 'scoring_terms',
-           'listening', 'spread_out', 'part_of', 'token_rows', 'part_scores', 'score_tokens', 'score_samples',
-           'save_tokens', 'load_tokens', 'Score', 'blend', 'colour_of', 'top_of', 'token_html', 'text_html',
-           'legend_html', 'letters', 'colour_scale', 'token_figure', 'Answers', 'answers_of', 'side_html', 'page_of',
-           'RolloutBrowser']
+           'listening', 'spread_out', 'token_rows', 'part_scores', 'score_tokens', 'score_samples', 'save_tokens',
+           'load_tokens', 'Score', 'blend', 'colour_of', 'top_of', 'token_html', 'text_html', 'legend_html', 'letters',
+           'colour_scale', 'token_figure', 'Answers', 'answers_of', 'side_html', 'page_of', 'RolloutBrowser']
 
 # %% ../nbs/32a_browse.ipynb #00000003
 import codecs
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .capture import backbone_of
-from .core import Rollouts
+from .core import Rollouts, replacing
 from .objectives import FullKL, Objective, Representation, Term, loss_of
 from .pairing import Pairs, fingerprint, token_bytes
 from .plots import canvas
+from .ragged import trimmed
 from .rollouts import encode_prompts
 from .runs import OKABE_ITO, Run, need_columns, read_run
 from .teachers import Teacher
@@ -86,13 +86,6 @@ def spread_out(values: Float[Tensor, "n"], mask: Bool[Tensor, "batch time"], pre
     return wide.roll(1, 1) if predicting else wide
 
 # %% ../nbs/32a_browse.ipynb #0000000e
-def part_of(rollouts: Rollouts, start: int, stop: int) -> Rollouts:
-    """Some of the rollouts, without columns that are padding in all of them."""
-    ids, attention, response = (t[start:stop] for t in (rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask))
-    used = attention.any(0)
-    return Rollouts(ids[:, used], attention[:, used], response[:, used], rollouts.prompts and rollouts.prompts[start:stop])
-
-
 def token_rows(rollouts: Rollouts, pairs: Pairs, scores: Mapping[str, Float[Tensor, "batch time"]], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """One row a response token: response, position, text, kl, distance, offset."""
     responses, mask = rollouts.responses(), rollouts.response_mask.cpu()
@@ -125,7 +118,7 @@ def score_tokens(student: nn.Module, teacher: Teacher, rollouts: Rollouts, token
     at_once = max(1, max_tokens // rollouts.input_ids.shape[1])
     student.eval()
     for start in range(0, len(rollouts), at_once):
-        few = part_of(rollouts, start, start + at_once)
+        few, _ = trimmed(rollouts, torch.arange(len(rollouts))[start : start + at_once])
         table = token_rows(few, *part_scores(student, willing, few, tokenizer, term), tokenizer)
         parts.append(table.assign(response=table["response"] + start))
     student.train(training)
@@ -146,10 +139,8 @@ def save_tokens(table: pd.DataFrame, folder: str | Path, name: str) -> Path:
     """Write scores into a run folder, atomically, as `tokens/<name>.parquet`; `name` is that of the evaluation they belong to."""
     need_columns(table, "problem", "sample", "position", "text", "kl", "distance", "offset")
     path = Path(folder) / "tokens" / f"{name}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    table.to_parquet(unfinished, index=False, compression="zstd")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        table.to_parquet(unfinished, index=False, compression="zstd")
     return path
 
 

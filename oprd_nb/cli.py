@@ -148,8 +148,10 @@ def objective_of(method: str, args: TrainArguments, bridge: Bridge | ReadoutBrid
 def bridge_of(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> Bridge | ReadoutBridge | None:
     """What a method needs: nothing, the bridge named, the one a resumed run has stored, or one fitted to the student as it now is."""
     stored = Path(config.output_dir) / BRIDGE_FILE
-    if method not in BRIDGED or args.bridge or (config.resume_from_checkpoint and stored.exists()):
-        return load_bridge(args.bridge or stored) if method in BRIDGED else None
+    if method not in BRIDGED:
+        return None
+    if args.bridge or (config.resume_from_checkpoint and stored.exists()):
+        return load_bridge(args.bridge or stored)
     asked = BridgeArguments(args.student, args.teacher, kind=BRIDGED[method], rank=args.rank, layers=args.layers, positions=args.positions,
                             max_new_tokens=config.max_completion_length, seed=config.seed)
     return fit_for(asked, pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), pair.tokenizer, list(pair.task.train["prompt"][: asked.limit]))
@@ -158,8 +160,7 @@ def bridge_of(method: str, args: TrainArguments, config: OPRDConfig, pair: Model
 def training_prompts(args: TrainArguments) -> Task:
     """The prompts to train on, wherever the set keeps them, and the test set where one is named."""
     task = load_task(args.prompts)
-    train = task.train if task.train is not None else task.test
-    train = train.select(range(min(args.limit, len(train)))) if args.limit else train
+    train = task.problems.select(range(min(args.limit, len(task.problems)))) if args.limit else task.problems
     return Task(task.name, train=train, test=load_task(args.test).test if args.test else None)
 
 

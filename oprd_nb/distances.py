@@ -39,6 +39,7 @@ class _RowDistances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, target_in_a_list, distance):
+        """Distances (n,) and cosines (n,); the target comes in a list, since it is overwritten."""
         (target,) = target_in_a_list
         fits = (target.shape, target.dtype, target.device) == (rows.shape, rows.dtype, rows.device) and not target.requires_grad
         gradient, parts = target.data if fits else torch.empty_like(rows), []  # .data: the targets of all layers may be views of one block
@@ -58,6 +59,7 @@ class _RowDistances(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
+        """Each row's gradient, times what comes from above."""
         (gradient,) = ctx.saved_tensors
         return (at_least_float32(gradient) * upstream[:, None]).to(gradient.dtype), None, None
 

@@ -20,6 +20,7 @@ from .models import ModelPair
 from .objectives import FullKL, Objective, Representation, SampledTokenKL, TopKKL, as_objective
 from .readout import ReadoutBridge
 from .rollouts import HFSampler, ReplaySampler
+from .run_folder import read_lines
 from .tasks import Task
 from .teachers import Teacher
 from .training import OPRDConfig, OPRDTrainer
@@ -58,7 +59,6 @@ def distil(pair: ModelPair, objective: Objective, args: OPRDConfig, settings: di
     representation = next((term for _, term in trainer.objective.terms if isinstance(term, Representation)), None)
     test = None if pair.task.test is None else Task(pair.task.name, train=None, test=pair.task.test.select(range(min(held_out, len(pair.task.test)))))
     folder = Path(args.output_dir)
-
     alone, first = trainer.accelerator.num_processes == 1, trainer.is_world_process_zero()
 
     def measure(when: str) -> Evaluation:
@@ -88,8 +88,7 @@ def write_summary(folder: Path, results: dict[str, Evaluation], trainer: OPRDTra
     def entries(result):
         return {row.metric: {"value": row.value, "low": row.low, "high": row.high} for row in result.summary.dropna().itertuples()}
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    peaks = [line["memory/delta_peak"] for line in lines if "memory/delta_peak" in line]
+    peaks = [line["memory/delta_peak"] for line in read_lines(folder / "metrics.jsonl") if "memory/delta_peak" in line]
     summary = entries(results["after"]) if results else {}
     summary |= {f"before/{name}": entry for name, entry in (entries(results["before"]) if results else {}).items()}
     summary |= {"seconds": trainer.run_folder.seconds, "steps": trainer.state.global_step,

@@ -27,7 +27,7 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from .core import Rollouts
+from .core import Rollouts, replacing
 from .rollouts import Sampler
 from .tasks import Task, extract_answer, grade_all, plain
 
@@ -222,14 +222,11 @@ Evaluation._repr_markdown_ = _markdown
 # %% ../nbs/30_evaluation.ipynb #0000001b
 def write_samples(samples: pd.DataFrame, settings: dict, path: str | Path) -> Path:
     """Write a table of samples with its settings to a parquet, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
     stored = samples.copy(deep=False)
     stored.attrs = {"oprd_nb.evaluation": settings}
-    stored.to_parquet(unfinished, index=False)
-    unfinished.replace(path)
-    return path
+    with replacing(path) as unfinished:
+        stored.to_parquet(unfinished, index=False)
+    return Path(path)
 
 
 def read_samples(path: str | Path) -> tuple[pd.DataFrame, dict]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'FILE', 'Side', 'side_of', 'Header', 'read_header', 'FrozenMaps', 'check', 'fitted_for', 'bridge_file',
-           'save_maps', 'kind_of', 'load_maps']
+           'save_maps', 'load_maps']
 
 # %% ../nbs/11a_frozen.ipynb #00000003
 import json
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .capture import FINAL, backbone_of, num_layers_of
+from .core import replacing
 from .pairing import fingerprint
 from .teachers import Teacher
 
@@ -178,18 +179,10 @@ def bridge_file(path: str | Path) -> Path:
 
 def save_maps(self: FrozenMaps, path: str | Path) -> Path:
     """Write tensors and header to one safetensors file (in `path`, where that is a folder), atomically; returns the file's path."""
-    path = bridge_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    save_file({name: tensor.cpu() for name, tensor in self.tensors.items()}, unfinished,
-              metadata={"kind": _KIND, "class": type(self).__name__, "header": json.dumps(asdict(self.header))})
-    unfinished.replace(path)
-    return path
-
-
-def kind_of(path: str | Path) -> str:
-    """The class name of the bridge in this file or folder. ValueError where there is none that can be read."""
-    return _read(path)[0]
+    with replacing(bridge_file(path)) as unfinished:
+        save_file({name: tensor.cpu() for name, tensor in self.tensors.items()}, unfinished,
+                  metadata={"kind": _KIND, "class": type(self).__name__, "header": json.dumps(asdict(self.header))})
+    return bridge_file(path)
 
 
 def _read(path: str | Path) -> tuple[str, Header, dict[str, Tensor]]:
@@ -205,12 +198,13 @@ def _read(path: str | Path) -> tuple[str, Header, dict[str, Tensor]]:
         raise ValueError(f"path={str(path)!r}: cannot be read as a bridge ({str(error).splitlines()[0]}); write one with its `save` or with `oprd bridge`") from None
 
 
-def load_maps(cls, path: str | Path) -> FrozenMaps:
-    """Read what `save` wrote. ValueError where the file is missing, cut short, or holds another kind."""
+def load_maps(path: str | Path, *kinds: type[FrozenMaps]) -> FrozenMaps:
+    """Read what `save` wrote, of one of these kinds. ValueError where the file is missing, cut short, or holds another kind."""
     kind, header, tensors = _read(path)
-    if kind != cls.__name__:
-        raise ValueError(f"path={str(bridge_file(path))!r}: holds a {kind}, not a {cls.__name__}; load it with {kind}.load")
-    return cls(header, tensors)
+    known = {cls.__name__: cls for cls in kinds}
+    if kind not in known:
+        raise ValueError(f"path={str(bridge_file(path))!r}: holds a {kind}, not a {' or '.join(known)}; load it with {kind}.load")
+    return known[kind](header, tensors)
 
 
-FrozenMaps.save, FrozenMaps.load = save_maps, classmethod(load_maps)
+FrozenMaps.save, FrozenMaps.load = save_maps, classmethod(lambda cls, path: load_maps(path, cls))

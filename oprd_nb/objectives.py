@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'Term', 'Projection', 'Representation', 'log_probs', 'chosen_log_probs', 'in_chunks', 'kl', 'SampledTokenKL',
            'TopKKL', 'FullKL', 'Objective', 'as_objective', 'Picked', 'Plan', 'plan', 'combine', 'check_vocabularies',
-           'loss_of']
+           'loss_of', 'loss_on_pairs']
 
 # %% ../nbs/20_objectives.ipynb #00000002
 import math
@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -348,13 +348,16 @@ class Plan:
         """The teacher's wanted rows as flat indices into what it reads."""
         return {key: self.pairs.rows_beside(flat_rows(mask, tuple(mask.shape))) for key, mask in self.teacher.items()}
 
+    @cached_property
+    def readers(self) -> Counter:
+        """How often each teacher layer is read."""
+        return Counter(key for reads in self.reads for _, key in reads)
+
     @property
     def keep(self) -> dict[int | str, Callable[[Tensor], Tensor]]:
         """Teacher layers that one bridged term alone reads: what it keeps of their rows. For `Teacher.capture`, so that full rows never pile up."""
-        readers = [(key, term, layer, mask) for term, reads, mask in zip(self.terms, self.reads, self.masks, strict=True) for layer, key in reads]
-        times = Counter(key for key, *_ in readers)
-        return {key: partial(term.target, layer, offsets=self.pairs.offsets[mask]) for key, term, layer, mask in readers
-                if times[key] == 1 and getattr(term, "bridge", None) is not None}
+        return {key: partial(term.target, layer, offsets=self.pairs.offsets[mask]) for term, reads, mask in zip(self.terms, self.reads, self.masks, strict=True)
+                for layer, key in reads if self.readers[key] == 1 and getattr(term, "bridge", None) is not None}
 
     def pick(self, term: int, captured: Captured, side: int) -> "Picked":
         """The term's rows of every layer it reads, on one side (0 student, 1 teacher), each made when asked for."""
@@ -371,8 +374,7 @@ class Plan:
             return captured[key]
         rows = captured[key]
         target = self.terms[term].target(layer, self._own(self.masks[term][self.teacher[key]], rows), self.pairs.offsets[self.masks[term]])
-        shared = sum(key == other for reads in self.reads for _, other in reads) > 1
-        return target.clone() if shared and target is rows else target
+        return target.clone() if self.readers[key] > 1 and target is rows else target
 
     @staticmethod
     def _own(among: Bool[Tensor, "captured"], rows: Float[Tensor, "captured d"]) -> Float[Tensor, "n d"]:
@@ -438,9 +440,14 @@ def loss_of(objective: "Term | Objective", student: nn.Module, teacher: Teacher,
     for _, term in objective.terms:
         term.check(student, teacher, tokenizer)
     pairs = teacher.read(rollouts, tokenizer)
+    loss, metrics = loss_on_pairs(objective, student, teacher, rollouts, pairs, objective.counts(pairs) if counts is None else counts)
+    return loss, {name: (total / number).item() for name, (total, number) in metrics.items()}
+
+
+def loss_on_pairs(objective: Objective, student: nn.Module, teacher: Teacher, rollouts: Rollouts, pairs: Pairs,
+                  counts: Float[Tensor, "terms"]) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]]]:
+    """One pass of the teacher, one of the student, and what `combine` makes of them; `pairs` is what the teacher reads of `rollouts`."""
     wanted = plan(objective, pairs, num_layers_of(student), num_layers_of(teacher.model))
     theirs = teacher.capture(pairs, wanted.teacher_rows, objective.final_norm, wanted.keep)
     ours = capture_each(student, rollouts.input_ids, rollouts.attention_mask, wanted.student, objective.final_norm)
-    counts = objective.counts(pairs) if counts is None else counts
-    loss, metrics = combine(objective, wanted, ours, theirs, (lm_head_of(student), lm_head_of(teacher.model)), rollouts.input_ids, counts)
-    return loss, {name: (total / number).item() for name, (total, number) in metrics.items()}
+    return combine(objective, wanted, ours, theirs, (lm_head_of(student), lm_head_of(teacher.model)), rollouts.input_ids, counts)

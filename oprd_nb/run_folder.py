@@ -21,6 +21,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .core import replacing
 from .frozen import FrozenMaps, bridge_file
 
 # %% ../nbs/20a_run_folder.ipynb #00000005
@@ -71,11 +72,13 @@ class RunFolder(TrainerCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.resumed:
                 self._compare()
-            _replace(self.folder / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+            with replacing(self.folder / "config.yaml") as unfinished:
+                unfinished.write_text(yaml.safe_dump(self.settings, sort_keys=False))
             if self.bridge is not None:
                 self.bridge.save(self.folder)
             kept = [line for line in read_lines(self.folder / "metrics.jsonl") if line["step"] <= self.resumed] if self.resumed else []
-            _replace(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            with replacing(self.folder / "metrics.jsonl") as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         except OSError as error:
             raise OSError(f"output_dir={str(self.folder)!r}: cannot be written ({error.strerror or error}); give a folder on a disk with room") from error
         self.seconds = kept[-1]["seconds"] if kept else 0.0
@@ -109,13 +112,6 @@ class RunFolder(TrainerCallback):
         append_line(self.folder / "metrics.jsonl", {"step": state.global_step, "seconds": round(self.seconds, 3)} | values)
 
 # %% ../nbs/20a_run_folder.ipynb #cut389903b
-def _replace(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def _same_maps(bridge: FrozenMaps, path: Path) -> bool:
     """Whether a stored bridge holds the very tensors of this one."""
     with safe_open(path, "pt") as stored:

@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from scipy.stats import bootstrap
 from torch import Tensor
 
+from .core import replacing
+
 # %% ../nbs/11_structure.ipynb #00000006
 class PlantedRows(NamedTuple):
     """Paired rows with a known answer, and the response each row belongs to."""
@@ -175,15 +177,12 @@ _FIELDS = ("mean_student", "mean_teacher", "scatter_student", "scatter_cross", "
 
 def save_moments(moments: Moments, path: str | Path) -> Path:
     """Write `moments` to one safetensors file, atomically; returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{s}.{t}.{name}": getattr(stats, name).cpu() for (s, t), stats in moments.pairs.items() for name in _FIELDS}
     header = {"layer_pairs": moments.layer_pairs, "d_student": moments.d_student, "d_teacher": moments.d_teacher,
               "counts": [moments[pair].count for pair in moments.layer_pairs]}
-    unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, metadata={"kind": _KIND, "header": json.dumps(header)})
-    unfinished.replace(path)
-    return path
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"kind": _KIND, "header": json.dumps(header)})
+    return Path(path)
 
 
 def load_moments(path: str | Path, device: torch.device | str = "cpu") -> Moments:

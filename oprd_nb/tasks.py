@@ -48,6 +48,11 @@ class Task:
     max_new_tokens: int = 16384
     """Tokens that a response is given, where nobody says otherwise."""
 
+    @property
+    def problems(self) -> "Dataset":
+        """The problems to write responses to: those to train on, or the test set of a task that has no others."""
+        return self.test if self.train is None else self.train
+
     def splits(self) -> "dict[str, Dataset]":
         """The splits there are, by name."""
         every = {"train": self.train, "validation": self.validation, "test": self.test}

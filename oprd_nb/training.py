@@ -188,7 +188,7 @@ class OPRDTrainer(DistillationTrainer):
         self.objective, self.teacher, self.sampler = as_objective(objective), teacher, sampler
         check_tokenizer(model, processing_class, "student")
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
-        self._check_layers_and_widths(model, processing_class)
+        self._check_terms(model, processing_class)
         check_writable(args.output_dir)
         set_seed(args.seed)  # adapters are drawn at random
         model = get_peft_model(model, peft_config) if peft_config else model
@@ -210,7 +210,7 @@ class OPRDTrainer(DistillationTrainer):
         if not args.disable_tqdm:
             self.add_callback(ProgressBar)
 
-    def _check_layers_and_widths(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _check_terms(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         """ValueError now, and not at the first step, for layers that do not exist, widths that need a bridge, or a bridge that does not fit."""
         widths = [m.config.get_text_config().hidden_size for m in (model, self.teacher.model)]
         for _, term in self.objective.terms:

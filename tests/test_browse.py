@@ -6,7 +6,6 @@ import time
 from html.parser import HTMLParser
 from unittest.mock import patch
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +15,7 @@ from conftest import tiny_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_fixture import synthetic_run
-from test_explore import CHROMIUM, answers, jupyterlab
+from test_explore import CHROMIUM, opened
 
 from oprd_nb import browse
 from oprd_nb.browse import (
@@ -358,18 +357,8 @@ RolloutBrowser({folder!r})""", "RolloutBrowser({evil!r})"
 
 @pytest.mark.skipif(CHROMIUM is None or bool(os.environ.get("CI")), reason="needs Debian's chromium, and is not for CI")
 def test_in_a_browser_it_switches_scores_and_problems(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
     folders = {"folder": str(run_with_tokens(tmp_path / "run")), "evil": str(run_with_tokens(tmp_path / "evil", problems=4, evil=True))}
-    cells = [nbformat.v4.new_code_cell(source.format(**folders)) for source in NOTEBOOK]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "browse.ipynb")
-    with jupyterlab(tmp_path) as address, playwright.sync_playwright() as p:
-        assert answers(address, 90), (tmp_path / "lab.log").read_text()[-2000:]
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1100})
-        page.goto(f"{address}/lab/tree/browse.ipynb")
-        page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
-        page.keyboard.press("Shift+Enter")
-        page.keyboard.press("Shift+Enter")
+    with opened(tmp_path, [source.format(**folders) for source in NOTEBOOK], 1300, 1100) as (page, playwright):
         expect, first = playwright.expect, page.locator(".jp-OutputArea").first
         expect(first.get_by_text("Problem 0", exact=False)).to_be_visible(timeout=180_000)
         token = first.locator("pre span[title]").first
@@ -384,6 +373,5 @@ def test_in_a_browser_it_switches_scores_and_problems(tmp_path):
         assert page.evaluate("window.hacked") is None
         if shots := os.environ.get("OPRD_SHOTS"):
             page.screenshot(path=f"{shots}/browse.png")
-        browser.close()
 
 

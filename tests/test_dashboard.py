@@ -5,14 +5,13 @@ import os
 import threading
 import time
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_fixture import synthetic_metrics, synthetic_run
-from test_explore import CHROMIUM, answers, jupyterlab
+from test_explore import CHROMIUM, opened
 
 from oprd_nb.dashboard import (
     PANELS,
@@ -215,17 +214,8 @@ dashboard"""
 
 @pytest.mark.skipif(CHROMIUM is None or bool(os.environ.get("CI")), reason="needs Debian's chromium, and is not for CI")
 def test_in_a_browser_it_follows_a_run_that_writes(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
     folder, rows = tmp_path / "tonight", synthetic_metrics("oprd", steps=100)
-    cells = [nbformat.v4.new_code_cell(NOTEBOOK.format(folder=str(folder)))]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "live.ipynb")
-    with jupyterlab(tmp_path) as address, playwright.sync_playwright() as p:
-        assert answers(address, 90), (tmp_path / "lab.log").read_text()[-2000:]
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1700})
-        page.goto(f"{address}/lab/tree/live.ipynb")
-        page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
-        page.keyboard.press("Shift+Enter")
+    with opened(tmp_path, [NOTEBOOK.format(folder=str(folder))], 1300, 1700) as (page, playwright):
         expect = playwright.expect
         expect(page.get_by_text("not begun")).to_be_visible(timeout=180_000)
         folder.mkdir()
@@ -242,4 +232,3 @@ def test_in_a_browser_it_follows_a_run_that_writes(tmp_path):
         expect(page.locator(".js-plotly-plot .xtitle").first).to_have_text("Training time, seconds", timeout=150_000)
         if shots := os.environ.get("OPRD_SHOTS"):
             page.screenshot(path=f"{shots}/dashboard.png")
-        browser.close()

@@ -180,6 +180,24 @@ def jupyterlab(folder: Path):
         server.wait(30)
 
 
+@contextmanager
+def opened(folder, sources: list[str], width: int, height: int):
+    """A notebook of these cells in a real JupyterLab and a real browser, run from top to bottom: the page, and playwright."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), folder / "small.ipynb")
+    with jupyterlab(folder) as address, playwright.sync_playwright() as p:
+        assert answers(address, 90), (folder / "lab.log").read_text()[-2000:]
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(f"{address}/lab/tree/small.ipynb")
+        page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
+        for _ in sources:
+            page.keyboard.press("Shift+Enter")
+        yield page, playwright
+        browser.close()
+
+
 def drag(page, handle, pixels: int) -> None:
     """Pull a handle to the right with the mouse, in steps as a hand does."""
     box = handle.bounding_box()
@@ -203,17 +221,7 @@ def answers(address: str, seconds: float) -> bool:
 
 @pytest.mark.skipif(CHROMIUM is None or bool(os.environ.get("CI")), reason="needs Debian's chromium, and is not for CI")
 def test_dragging_the_slider_in_a_browser_moves_the_figure(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
-    cells = [nbformat.v4.new_code_cell(source.format(tests=str(Path(__file__).parent))) for source in NOTEBOOK]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "small.ipynb")
-    with jupyterlab(tmp_path) as address, playwright.sync_playwright() as p:
-        assert answers(address, 90), (tmp_path / "lab.log").read_text()[-2000:]
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": 1200, "height": 1600})
-        page.goto(f"{address}/lab/tree/small.ipynb")
-        page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
-        page.keyboard.press("Shift+Enter")
-        page.keyboard.press("Shift+Enter")
+    with opened(tmp_path, [source.format(tests=str(Path(__file__).parent)) for source in NOTEBOOK], 1200, 1600) as (page, playwright):
         rank_plot, map_plot, curve_plot = (page.locator(".js-plotly-plot").nth(i) for i in range(3))
         curve_plot.locator(".gtitle").wait_for(timeout=180_000)
         assert "rank 3" in rank_plot.locator(".gtitle").text_content()
@@ -227,4 +235,3 @@ def test_dragging_the_slider_in_a_browser_moves_the_figure(tmp_path):
         area = map_plot.locator(".nsewdrag").bounding_box()
         page.mouse.click(area["x"] + area["width"] / 2, area["y"] + area["height"] - 4)
         expect(curve_plot.locator(".gtitle")).to_contain_text("Layer 1", timeout=30_000)
-        browser.close()
