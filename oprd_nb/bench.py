@@ -6,8 +6,8 @@
 __all__ = ['SMOLLM2', 'TINY', 'PAPER', 'Loss', 'LABELS', 'OURS', 'ONE_THREAD', 'KINDS', 'Shape', 'make_model', 'make_rollouts',
            'BareTeacher', 'ours', 'floor', 'trl_full', 'as_written', 'reference_oprd', 'random_bridge', 'methods_for',
            'bench_loss_path', 'summary', 'target_bytes', 'bench_growth', 'over_floor', 'log_uniform', 'bench_ragged',
-           'bench_sampler', 'bench_bridge', 'stamp', 'save_bench', 'load_bench', 'cost_figure', 'BenchArguments',
-           'shape_of', 'bench']
+           'samplers_for', 'bench_sampler', 'bench_bridge', 'stamp', 'save_bench', 'load_bench', 'cost_figure',
+           'BenchArguments', 'shape_of', 'bench']
 
 # %% ../nbs/50_bench.ipynb #00000003
 import json
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,14 +34,15 @@ from .capture import backbone_of, capture_each
 from .core import RETURN_MEMORY, Positions, Rollouts, measured
 from .distil import versions
 from .frozen import Header, Side
-from .models import embedded
+from .models import embedded, load_model, load_tokenizer
 from .objectives import FullKL, Objective, Representation, SampledTokenKL, Term, TopKKL, as_objective, loss_on_pairs, plan
 from .pairing import identity_pairs, pair_layers
 from .plots import bytes_text, canvas
 from .ragged import micro_batches
-from .rollouts import HFSampler
+from .rollouts import HFSampler, Sampler
 from .runs import OKABE_ITO, method_style
 from .teachers import Teacher
+from .vllm_sampler import VLLMSampler
 
 # %% ../nbs/50_bench.ipynb #00000005
 @dataclass(frozen=True)
@@ -308,17 +310,29 @@ def bench_ragged(shape: Shape = SMOLLM2, responses: int = 16, low: int = 32, bud
     return pd.DataFrame(rows).assign(difference=difference.item())
 
 # %% ../nbs/50_bench.ipynb #0000001d
-def bench_sampler(sampler=None, prompts: int = 16, max_new_tokens: int = 128, rounds: int = 3) -> pd.DataFrame:
-    """DataFrame(round, tokens, seconds, tokens_per_second) of a sampler on the embedded student's prompts, after one warm-up; transformers by default."""
-    pair = embedded("same")
-    sampler = HFSampler(pair.student, pair.tokenizer) if sampler is None else sampler
-    rows = []
+def samplers_for(model: str) -> dict[str, Sampler]:
+    """What can write with `model` here: transformers, and vLLM where it is installed, as it comes and compiled; none stops at an end token."""
+    samplers = {"transformers": HFSampler(load_model(model, dtype="float32"), load_tokenizer(model))}
+    samplers["transformers"].model.generation_config.eos_token_id = None
+    if find_spec("vllm"):
+        samplers |= {"vllm": VLLMSampler(model, dtype="float32"), "vllm, compiled": VLLMSampler(model, dtype="float32", enforce_eager=False)}
+    for name, sampler in samplers.items():
+        sampler.tokenizer.eos_token = None
+        if name != "transformers":
+            sampler.eos_token_ids = []
+    return samplers
+
+
+def bench_sampler(model: str = "embedded/student", responses: int = 16, max_new_tokens: int = 128, rounds: int = 3) -> pd.DataFrame:
+    """DataFrame(model, sampler, round, tokens, seconds, tokens_per_second): a batch of equally long responses, after one warm-up, samplers in turn."""
+    samplers, prompts, rows = samplers_for(model), embedded("same").task.train["prompt"][:responses], []
     for n in range(rounds + 1):
-        with measured() as cost:
-            rollouts = sampler.sample(pair.task.train["prompt"][:prompts], max_new_tokens=max_new_tokens, seed=n)
-        tokens = int(rollouts.response_lengths.sum())
-        rows.append({"round": n, "tokens": tokens, "seconds": cost.seconds, "tokens_per_second": tokens / cost.seconds})
-    return pd.DataFrame(rows[1:])
+        for name, sampler in samplers.items():
+            with measured() as cost:
+                rollouts = sampler.sample(prompts, max_new_tokens=max_new_tokens, seed=n)
+            tokens = int(rollouts.response_lengths.sum())
+            rows.append({"model": model, "sampler": name, "round": n, "tokens": tokens, "seconds": cost.seconds, "tokens_per_second": tokens / cost.seconds})
+    return pd.DataFrame(rows).query("round > 0").reset_index(drop=True)
 
 
 def bench_bridge(shape: Shape = SMOLLM2, ranks: Sequence[int] = (4, 8, 32)) -> pd.DataFrame:
@@ -369,6 +383,7 @@ class BenchArguments:
 
     what: str = field(metadata={"help": "loss-path, bridge, sampler, ragged, growth or step."})
     rounds: int = field(default=5, metadata={"help": "Interleaved rounds after warming up."})
+    model: str = field(default="embedded/student", metadata={"help": "What writes in the sampler's bench: a model folder, hub id or short form."})
     methods: str = field(default="", metadata={"help": "Methods of loss-path and step, separated by commas; by default all."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda; step on cuda has the paper's shape."})
     tiny: bool = field(default=False, metadata={"help": "A tiny shape, to see that it runs."})
@@ -401,7 +416,7 @@ def bench(args: BenchArguments) -> dict[str, pd.DataFrame]:
         grown = bench_growth("response", [longest // 2 - shape.prompt, shape.response, 2 * longest - shape.prompt, 4 * longest - shape.prompt], shape, rounds=1)
         tables = {"rounds": grown, "over_floor": over_floor(grown, "response")}
     else:
-        tables = {"bridge": lambda: {"targets": bench_bridge(shape)}, "sampler": lambda: {"rounds": bench_sampler(rounds=args.rounds)},
+        tables = {"bridge": lambda: {"targets": bench_bridge(shape)}, "sampler": lambda: {"rounds": bench_sampler(args.model, rounds=args.rounds)},
                   "ragged": lambda: {"rounds": bench_ragged(replace(shape, dtype="float32"), rounds=args.rounds)}}[args.what]()
     save_bench(Path(args.out) / f"{args.what}.json", shape, **tables)
     return tables
