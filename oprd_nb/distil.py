@@ -47,13 +47,13 @@ def through(bridge: Bridge | ReadoutBridge, layers: str | int | list[int] = "all
 
 # %% ../nbs/22_distil.ipynb #00000008
 def distil(pair: ModelPair, objective: Objective, args: OPRDConfig, settings: dict, held_out: int = 200, samples: int = 4,
-           **trainer_options) -> dict[str, Evaluation]:
-    """Train `pair.student` in place and evaluate it before and after on `held_out` test problems; returns {"before", "after"}.
+           teacher: Teacher | None = None, **trainer_options) -> dict[str, Evaluation]:
+    """Train `pair.student` in place and evaluate it before and after on `held_out` test problems; returns {"before", "after"}. `teacher` by default `pair.teacher` as it is.
 
     Writes `args.output_dir`: `config.yaml`, `metrics.jsonl`, `eval/before.parquet`, `eval/after.parquet`, `tokens/` (scores of some responses' tokens, for
     `RolloutBrowser`), `summary.json`. Of several processes only the first writes.
     """
-    teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
+    teacher = teacher or Teacher(pair.teacher, pair.teacher_tokenizer)
     trainer = OPRDTrainer(model=pair.student, teacher=teacher, objective=objective, args=args, train_dataset=pair.task.train, processing_class=pair.tokenizer,
                           settings=settings, **trainer_options)
     representation = next((term for _, term in trainer.objective.terms if isinstance(term, Representation)), None)

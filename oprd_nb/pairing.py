@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pair_layers', 'fingerprint', 'token_bytes', 'Pairs', 'rows_of_interest', 'identity_pairs', 'end_of_turn',
-           'pair_positions']
+           'pair_positions', 'pair_prompted']
 
 # %% ../nbs/05_pairing.ipynb #00000002
 import hashlib
@@ -376,6 +376,13 @@ def pair_positions(rollouts: Rollouts, student_tokenizer: PreTrainedTokenizerBas
     pairs = _lay_out(rollouts, runs, prompt_ids, readings, 0 if pad is None else pad)
     _check_coverage(pairs, min_coverage)
     return pairs
+
+
+def pair_prompted(rollouts: Rollouts, prompts: list, tokenizer: PreTrainedTokenizerBase) -> Pairs:
+    """Pairs with a teacher of the same tokenizer that is asked something else: `prompts` (chat messages) in place of the student's, the same response tokens."""
+    ids, runs = rollouts.input_ids.cpu().numpy(), _first_runs(rollouts.response_mask.cpu().numpy())
+    readings = [_Reading(row[run].tolist(), np.arange(len(run) + 1), np.zeros(len(run) + 1, dtype=np.int64)) for row, run in zip(ids, runs, strict=True)]
+    return _lay_out(rollouts, runs, _teacher_prompts(tokenizer, prompts), readings, tokenizer.pad_token_id or 0)
 
 
 def _check_coverage(pairs: Pairs, min_coverage: float) -> None:

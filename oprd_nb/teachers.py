@@ -8,7 +8,7 @@ __all__ = ['without_adapters', 'Teacher']
 # %% ../nbs/13_teachers.ipynb #00000002
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .capture import Captured, capture_each
 from .core import Rollouts
 from .models import check_tokenizer
-from .pairing import Pairs, pair_positions
+from .pairing import Pairs, fingerprint, pair_positions, pair_prompted
 
 # %% ../nbs/13_teachers.ipynb #00000005
 @contextmanager
@@ -44,13 +44,15 @@ def without_adapters(model: nn.Module):
 class Teacher:
     """A frozen model and its tokenizer; under `min_coverage` of paired tokens (0 to 1) reading a rollout is refused.
 
-    `adapters_off`: the model is the student, whose adapters are switched off while it teaches (see `of_base`).
+    `adapters_off`: the model is the student, whose adapters are switched off while it teaches (see `of_base`). `prompt` turns the student's prompt (chat messages) into the
+    one this teacher is asked: better instructions, worked examples, or the solution.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     min_coverage: float = 0.5
     adapters_off: bool = False
+    prompt: Callable[[list[dict]], list[dict]] | None = None
 
     def __post_init__(self):
         if not self.adapters_off:
@@ -64,7 +66,14 @@ class Teacher:
 
     def read(self, rollouts: Rollouts, student_tokenizer: PreTrainedTokenizerBase) -> Pairs:
         """What this teacher reads of the rollouts, and its column beside each student position."""
-        return pair_positions(rollouts, student_tokenizer, self.tokenizer, self.min_coverage)
+        if self.prompt is None:
+            return pair_positions(rollouts, student_tokenizer, self.tokenizer, self.min_coverage)
+        if rollouts.prompts is None:
+            raise ValueError("rollouts.prompts is None: a teacher with a prompt of its own needs each prompt as chat messages, to ask it anew")
+        asked = [self.prompt(messages) for messages in rollouts.prompts]
+        if fingerprint(student_tokenizer) == fingerprint(self.tokenizer):
+            return pair_prompted(rollouts, asked, self.tokenizer)
+        return pair_positions(replace(rollouts, prompts=asked), student_tokenizer, self.tokenizer, self.min_coverage)
 
     @torch.no_grad()
     def capture(self, pairs: Pairs, wanted: Mapping[int | str, Tensor], final_norm: bool = True,

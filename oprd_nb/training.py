@@ -165,8 +165,9 @@ def output_diagnostics(student: nn.Module, teacher: Teacher, rollouts: Rollouts,
     if fingerprint(tokenizer) != fingerprint(teacher.tokenizer):
         return {}
     rows = Positions("all", predicting=True).mask(rollouts.response_mask)
+    beside = pairs.rows_beside(rows.flatten().nonzero().squeeze(1))
     p = log_probs(gathered_head(student)(capture_each(student, rollouts.input_ids, rollouts.attention_mask, {FINAL: rows})[FINAL]))
-    q = log_probs(gathered_head(teacher.model)(teacher.capture(pairs, {FINAL: rows})[FINAL]))
+    q = log_probs(gathered_head(teacher.model)(teacher.capture(pairs, {FINAL: beside})[FINAL]))
     k = max(1, min(k, p.shape[-1] // 4))
     same = (p.topk(k).indices[:, :, None] == q.topk(k).indices[:, None, :]).any(-1).float()
     entropy = {name: -(x.exp() * x).sum(-1).mean().item() for name, x in (("actor/entropy", p), ("teacher/entropy", q))}
