@@ -373,7 +373,7 @@ def cost_figure(table: pd.DataFrame) -> go.Figure:
                         hovertemplate=f"{LABELS[row.method]}<br>{row.seconds:.2f} s, {bytes_text(row.delta_peak)}<extra></extra>")
     return fig.update_layout(showlegend=False, width=680, height=430).update_xaxes(type="log", tickvals=[0.5, 0.75, 1, 1.5, 2, 3, 4]).update_yaxes(type="log", tickvals=[0.5, 1, 2, 4, 8])
 
-# %% ../nbs/50_bench.ipynb #00000023
+# %% ../nbs/50_bench.ipynb #00000027
 KINDS = ("loss-path", "bridge", "sampler", "ragged", "growth", "step")
 
 
