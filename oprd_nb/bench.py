@@ -363,15 +363,17 @@ def load_bench(path: str | Path) -> dict[str, pd.DataFrame | dict]:
 
 
 def cost_figure(table: pd.DataFrame) -> go.Figure:
-    """Time against peak memory, both as ratios to the floor, on logarithmic axes; from `summary`."""
-    fig = canvas("What a loss costs beside two bare backbones", "one step, medians of one run; filled: this package, open: others", "time, floor = 1", "peak of memory, floor = 1")
+    """A row a method, the cheapest in memory at the bottom: its peak (circle) and its time (stroke) as multiples of the floor's; ours filled, others open."""
+    table = table.sort_values(["peak_ratio", "time_ratio"])
+    fig = canvas("What a loss costs beside two bare backbones", "circle: peak of memory · stroke: time · filled: this package", "multiple of the floor", "")
     for row in table.itertuples():
         colour = OKABE_ITO["black"] if row.method == "floor" else method_style(row.method.replace("written-", "opd-").replace("trl-", "opd-").replace("reference-", "")).colour
         symbol = "circle" if row.method in OURS or row.method == "floor" else "circle-open"
-        fig.add_scatter(x=[row.time_ratio], y=[row.peak_ratio], mode="markers+text", text=[LABELS[row.method]], textposition="middle right", name=LABELS[row.method],
-                        marker=dict(size=11, color=colour, symbol=symbol, line_width=2), textfont_size=10,
+        fig.add_scatter(x=[row.peak_ratio, row.time_ratio], y=[LABELS[row.method]] * 2, mode="markers", name=LABELS[row.method],
+                        marker=dict(size=[11, 15], color=colour, symbol=[symbol, "line-ns-open"], line_width=2),
                         hovertemplate=f"{LABELS[row.method]}<br>{row.seconds:.2f} s, {bytes_text(row.delta_peak)}<extra></extra>")
-    return fig.update_layout(showlegend=False, width=680, height=430).update_xaxes(type="log", tickvals=[0.5, 0.75, 1, 1.5, 2, 3, 4]).update_yaxes(type="log", tickvals=[0.5, 1, 2, 4, 8])
+    fig.add_vline(x=1, line=dict(color="#999999", dash="dot", width=1))
+    return fig.update_layout(showlegend=False, width=680, height=110 + 27 * len(table)).update_xaxes(type="log", tickvals=[0.5, 0.75, 1, 1.5, 2, 3, 4, 6])
 
 # %% ../nbs/50_bench.ipynb #00000027
 KINDS = ("loss-path", "bridge", "sampler", "ragged", "growth", "step")

@@ -38,9 +38,9 @@ def test_ratios_are_of_medians_in_one_run(measurements):
 
 def test_a_picture_of_ratios(measurements):
     fig = cost_figure(summary(measurements))
-    assert [trace.x[0] for trace in fig.data] == pytest.approx([1, 1, 1.75]) and [trace.y[0] for trace in fig.data] == pytest.approx([1, 1.2, 4.2])
-    assert fig.layout.xaxis.type == "log"
-    assert [trace.marker.symbol for trace in fig.data] == ["circle", "circle", "circle-open"]
+    assert [trace.x for trace in fig.data] == [pytest.approx(x) for x in ((1, 1), (1.2, 1), (4.2, 1.75))], "peak and time of each method, the hungriest on top"
+    assert fig.layout.xaxis.type == "log" and fig.layout.xaxis.title.text == "multiple of the floor"
+    assert [trace.marker.symbol[0] for trace in fig.data] == ["circle", "circle", "circle-open"]
 
 
 def test_a_result_comes_back_with_its_stamp(measurements, tmp_path):
