@@ -15,7 +15,7 @@ from .plots import canvas
 from .runs import Method, method_style
 
 # %% ../nbs/31a_sweeps.ipynb #00000005
-OPTIONS = {"boundaries": "shared boundaries only", "ids": "student's ids fed to the teacher", "auto": "r = auto"}
+OPTIONS = {"boundaries": "shared boundaries only", "directions": "directions only", "ids": "student's ids fed to the teacher", "auto": "r = auto"}
 
 
 def style_of(name: str) -> Method:

@@ -44,6 +44,6 @@ def test_the_best_rate_is_marked():
 
 
 @pytest.mark.parametrize("name, label", [("opd-full", "OPD full KL"), ("bridge-8", "OPRD-Bridge, r = 8"), ("bridge-4-ids", "OPRD-Bridge, r = 4, student's ids fed to the teacher"),
-                                         ("readout-boundaries", "Readout bridge, shared boundaries only"), ("opd-full>bridge-auto", "OPD full KL, then OPRD-Bridge, r = auto")])
+                                         ("readout-boundaries", "Readout bridge, shared boundaries only"), ("readout-directions", "Readout bridge, directions only"), ("opd-full>bridge-auto", "OPD full KL, then OPRD-Bridge, r = auto")])
 def test_names(name, label):
     assert style_of(name).label == label
