@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tasks import Task, arithmetic
 
@@ -125,9 +125,9 @@ def check_tokenizer(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
         raise ValueError(f"{whose} tokenizer: {len(tokenizer)} tokens for a model with {rows} embeddings; give the {whose}'s own tokenizer")
 
 # %% ../nbs/02_models.ipynb #0000000e
-def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: those of the model's generation configuration, and the tokenizer's."""
-    declared = model.generation_config.eos_token_id
+def end_tokens(model: PreTrainedModel | PeftModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: those of the model's generation configuration (or of this one), and the tokenizer's."""
+    declared = getattr(model, "generation_config", model).eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     return sorted({i for i in [*declared, tokenizer.eos_token_id] if i is not None})
 

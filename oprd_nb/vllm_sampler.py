@@ -20,7 +20,6 @@ from jaxtyping import Float
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .core import Rollouts
@@ -29,7 +28,7 @@ from .rollouts import check_sampling, encode_prompts, response_log_probs
 
 # %% ../nbs/03a_vllm.ipynb #00000005
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights without its adapters, whole, under the names they have in a model folder. ValueError for quantised or copied layers."""
+    """The model's weights without its adapters, under the names they have in a model folder. ValueError for quantised or copied layers."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(base, "is_quantized", False):
         raise ValueError("model: its weights are quantised; give VLLMSampler the folder of the unquantised base, and lora_rank=... for its adapters")
@@ -38,7 +37,7 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
         if "modules_to_save" in name:
             raise ValueError(f"model: {name} was copied to be trained beside the adapters, which an engine cannot take; train it by LoRA, or train all weights")
         if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            weights[name.replace(".base_layer.", ".")] = tensor
     return weights
 
 # %% ../nbs/03a_vllm.ipynb #00000008
@@ -103,6 +102,19 @@ def _vllm() -> ModuleType:
     return vllm
 
 
+def _needs_filling(config: PretrainedConfig) -> bool:
+    """Whether the engine has no heads as narrow as this model's."""
+    return _head_size(config) != head_dim_of(config)
+
+
+def _generation_of(folder: str) -> GenerationConfig:
+    """The generation configuration of a model folder or hub id, or what its model's configuration implies."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+
+
 def _head_size(config: PretrainedConfig) -> int:
     """The narrowest head the engine has for this model: its own on a GPU, on a CPU one it was compiled for."""
     own = head_dim_of(config)
@@ -127,7 +139,7 @@ class VLLMSampler:
         self._folder, vllm = TemporaryDirectory(prefix="vllm-"), _vllm()
         dtype = dtype or ("auto" if torch.cuda.is_available() else "float32")
         source = locate_model(model) if isinstance(model, str | Path) else model
-        if isinstance(source, str) and (is_adapter_folder(source) or _head_size(AutoConfig.from_pretrained(source)) != head_dim_of(AutoConfig.from_pretrained(source))):
+        if isinstance(source, str) and (is_adapter_folder(source) or _needs_filling(AutoConfig.from_pretrained(source))):
             source = load_model(source, dtype=dtype)
         exact = dtype == "float32" and getattr(source, "dtype", torch.float32) == torch.float32
         self.tolerance = tolerance or (1e-3 if exact else 0.1)
@@ -138,20 +150,18 @@ class VLLMSampler:
             options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, 2 ** math.ceil(math.log2(lora_rank)))} | options
         options = {"enforce_eager": not torch.cuda.is_available(), "generation_config": "vllm", "disable_log_stats": True} | options
         self.engine = vllm.LLM(model=source if isinstance(source, str) else str(self._written(source)), dtype=dtype, **options)
-        self.eos_token_ids = end_tokens(source if isinstance(source, nn.Module) else GenerationConfig.from_pretrained(source), self.tokenizer)
+        self.eos_token_ids = end_tokens(source if isinstance(source, nn.Module) else _generation_of(source), self.tokenizer)
         self.model = source if isinstance(source, nn.Module) else self.engine.collective_rpc(lambda worker: worker.get_model())[0]
         if isinstance(source, PeftModel):
             self.sync(source)
 
     def _written(self, model: nn.Module) -> Path:
         """The model as a folder the engine can read, its heads filled up where the engine has none so narrow."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        size = _head_size(base.config)
-        weights = fill_heads(plain_weights(model), base.config, size)
-        config = base.config if size == head_dim_of(base.config) else with_heads(base.config, size)
-        plain = AutoModelForCausalLM.from_config(config, dtype=base.dtype)
-        plain.load_state_dict(weights)
-        plain.generation_config = base.generation_config
+        size = _head_size(model.config)
+        config = with_heads(model.config, size) if _needs_filling(model.config) else model.config
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        plain.load_state_dict(fill_heads(plain_weights(model), model.config, size))
+        plain.generation_config = model.generation_config
         plain.save_pretrained(self._folder.name)
         self.tokenizer.save_pretrained(self._folder.name)
         return Path(self._folder.name)
@@ -209,10 +219,9 @@ VLLMSampler.sample, VLLMSampler.log_probs = sample, log_probs
 # %% ../nbs/03a_vllm.ipynb #0000000f
 def sync(self, student: nn.Module) -> None:
     """Sample from the student's present weights from now on. ValueError for a student that is not the engine's model, or adapters it has no room for."""
-    config = (student.get_base_model() if isinstance(student, PeftModel) else student).config
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        if getattr(config, name) != getattr(self.engine.model_config.hf_config, name):
-            raise ValueError(f"student: has {name}={getattr(config, name)}, the engine's model {getattr(self.engine.model_config.hf_config, name)}; start an engine for this one")
+        if getattr(student.config, name) != getattr(self.engine.model_config.hf_config, name):
+            raise ValueError(f"student: has {name}={getattr(student.config, name)}, the engine's model {getattr(self.engine.model_config.hf_config, name)}; start an engine for this one")
     if isinstance(student, PeftModel):
         self._swap_adapters(student)
     else:
@@ -230,9 +239,8 @@ def _swap_adapters(self, student: PeftModel) -> None:
         raise ValueError(f"student: has adapters of rank {config.r}, the engine room for rank {self._lora_rank}; start it with lora_rank={config.r}")
     folder = Path(self._folder.name) / f"adapters-{number}"
     folder.mkdir(parents=True)
-    base = student.get_base_model().config
-    weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in get_peft_model_state_dict(student).items()}
-    save_file({name: t.contiguous() for name, t in fill_heads(weights, base, _head_size(base)).items()}, folder / "adapter_model.safetensors")
+    weights = fill_heads(get_peft_model_state_dict(student), student.config, _head_size(student.config))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
     config.save_pretrained(folder)
     if self._adapter:
         self.engine.llm_engine.remove_lora(self._adapter.lora_int_id)

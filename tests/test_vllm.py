@@ -143,6 +143,22 @@ def trainer_on(same, sampler, folder, steps=3):
 
 
 @needs_vllm
+@pytest.mark.parametrize("told", [True, False], ids=["with", "without a generation configuration"])
+def test_a_folder_the_engine_reads_itself(tmp_path, told):
+    """Heads of 32 need no filling up: the folder goes to the engine as it is."""
+    student, tokenizer = tiny_qwen3(width=128), load_tokenizer("embedded/student")
+    student.config.eos_token_id = student.generation_config.eos_token_id = 7
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if not told:
+        (tmp_path / "generation_config.json").unlink()
+    sampler, prompts = VLLMSampler(tmp_path), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    assert sampler.eos_token_ids == sorted({7, tokenizer.eos_token_id})
+    assert sampler.sample(prompts, temperature=0, max_new_tokens=12).responses() == HFSampler(student, tokenizer).sample(prompts, temperature=0, max_new_tokens=12).responses()
+    sampler.close()
+
+
+@needs_vllm
 def test_training_with_an_engine_logs_the_gap_and_stops_where_sync_is_skipped(same, tmp_path, monkeypatch):
     sampler = VLLMSampler(same.student, same.tokenizer)
     trainer = trainer_on(same, sampler, tmp_path / "in-step")
