@@ -133,15 +133,18 @@ def trl_full(k: int) -> Loss:
 
 
 def as_written(kind: str, k: int) -> Loss:
-    """The sampled token ("sampled"), top 16 ("topk") or full KL ("full") from log-softmaxes of all rows at the same time."""
+    """The sampled token ("sampled"), top 16 ("topk") or full KL ("full") from what a model returns: logits of whole sequences, then log-softmaxes of all k rows at the same time."""
+    def of(model, rollouts):
+        logits = model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long(), use_cache=False).logits
+        return logits[:, -k - 1 : -1].float().log_softmax(-1)
+
     def loss(student, teacher, rollouts):
         with torch.no_grad():
-            theirs, tokens = _final_rows(teacher, rollouts, k)
-            log_q = teacher.get_output_embeddings()(theirs).float().log_softmax(-1)
-        log_p = student.get_output_embeddings()(_final_rows(student, rollouts, k)[0]).float().log_softmax(-1)
+            log_q = of(teacher, rollouts)
+        log_p = of(student, rollouts)
         if kind == "full":
             return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        chosen = tokens[..., None] if kind == "sampled" else log_p.topk(16, -1).indices
+        chosen = rollouts.input_ids[:, -k:, None] if kind == "sampled" else log_p.topk(16, -1).indices
         p, q = log_p.gather(-1, chosen), log_q.gather(-1, chosen)
         return ((p - q).detach() * p).mean() if kind == "sampled" else (p.exp() * (p - q)).sum(-1).mean()
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BEST_LEARNING_RATE', 'QUICK_LEARNING_RATE', 'COMMANDS', 'DemoArguments', 'embedded_config', 'embedded_objective',
            'demo', 'accuracy_of', 'TrainArguments', 'check_methods', 'objective_of', 'bridge_of', 'training_prompts',
-           'sampler_of', 'stage', 'train', 'EvalArguments', 'evaluate_models', 'ReportArguments', 'show_bridge',
-           'ExportArguments', 'export', 'show_bench', 'report', 'usage', 'with_names', 'quiet', 'main']
+           'teacher_of', 'sampler_of', 'stage', 'train', 'EvalArguments', 'evaluate_models', 'ReportArguments',
+           'show_bridge', 'ExportArguments', 'export', 'show_bench', 'report', 'usage', 'with_names', 'quiet', 'main']
 
 # %% ../nbs/60_cli.ipynb #00000004
 import json
@@ -99,7 +99,7 @@ class TrainArguments:
     """Distil a student on its own rollouts. Every setting of OPRDConfig is accepted as well."""
 
     student: str = field(metadata={"help": "Model folder, hub id, 'smollm2' or 'embedded/student'."})
-    teacher: str = field(metadata={"help": "Likewise."})
+    teacher: str = field(metadata={"help": "Likewise; or base: the student without its adapters (with --lora)."})
     prompts: str = field(metadata={"help": "Parquet with a 'prompt' column, or a known set: dapo, arithmetic, ..."})
     method: str = field(default="oprd", metadata={"help": "oprd, opd-full, opd-sampled, opd-topk, bridge or readout."})
     then: str = field(default="", metadata={"help": "Method to go on with, from that student, for as many steps again."})
@@ -117,6 +117,7 @@ class TrainArguments:
     lora: int = field(default=0, metadata={"help": "Rank of LoRA adapters on all linear layers; 0 trains all weights."})
     quantize: str = field(default="", metadata={"help": "Student's frozen weights in nf4 or int8 (with --lora)."})
     dtype: str = field(default="auto", metadata={"help": "Precision in which both models are loaded."})
+    teacher_prompt: str = field(default="", metadata={"help": "What the teacher is asked in place of a prompt's last message, which it may quote as {}."})
     sampler: str = field(default="trl", metadata={"help": "What writes: trl (transformers, or TRL's --use_vllm), or vllm, an engine in this process."})
     test: str = field(default="", metadata={"help": "Set on which to measure before and after; none by default."})
     validation: str = field(default="", metadata={"help": "Set for --eval_strategy steps and for choosing a checkpoint (--load_best_model_at_end); never the test set."})
@@ -134,6 +135,8 @@ def check_methods(args: TrainArguments) -> None:
         raise ValueError(f"mu={args.mu}: weights a term beside an output-space method; with method={args.method!r} there is none")
     if args.bridge and not set(BRIDGED) & set(methods):
         raise ValueError(f"bridge={args.bridge!r}: only the methods {list(BRIDGED)} read one")
+    if args.teacher == "base" and not args.lora:
+        raise ValueError("teacher='base': a student without adapters has no base apart from itself; train with --lora, or name a model")
     Representation(args.layers, args.positions, args.distance or "normalized_mse")
 
 
@@ -147,7 +150,7 @@ def objective_of(method: str, args: TrainArguments, bridge: Bridge | ReadoutBrid
     return METHODS[method]() + args.mu * representation if args.mu else METHODS[method]()
 
 
-def bridge_of(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> Bridge | ReadoutBridge | None:
+def bridge_of(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair, teacher: Teacher) -> Bridge | ReadoutBridge | None:
     """What a method needs: nothing, the bridge named, the one a resumed run has stored, or one fitted to the student as it now is."""
     stored = Path(config.output_dir) / BRIDGE_FILE
     if method not in BRIDGED:
@@ -156,7 +159,7 @@ def bridge_of(method: str, args: TrainArguments, config: OPRDConfig, pair: Model
         return load_bridge(args.bridge or stored)
     asked = BridgeArguments(args.student, args.teacher, kind=BRIDGED[method], rank=args.rank, layers=args.layers, positions=args.positions,
                             max_new_tokens=config.max_completion_length, seed=config.seed)
-    return fit_for(asked, pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), pair.tokenizer, list(pair.task.train["prompt"][: asked.limit]))
+    return fit_for(asked, pair.student, teacher, pair.tokenizer, list(pair.task.train["prompt"][: asked.limit]))
 
 # %% ../nbs/60_cli.ipynb #cut050275b
 def training_prompts(args: TrainArguments) -> Task:
@@ -164,6 +167,15 @@ def training_prompts(args: TrainArguments) -> Task:
     task = load_task(args.prompts)
     train = task.problems.select(range(min(args.limit, len(task.problems)))) if args.limit else task.problems
     return Task(task.name, train=train, test=load_task(args.test).test if args.test else None)
+
+
+def teacher_of(args: TrainArguments, pair: ModelPair) -> Teacher:
+    """The teacher of a run: a model of its own, or the student's base, asked the student's prompt or another one."""
+    prompt = None
+    if args.teacher_prompt:
+        def prompt(messages: list[dict]) -> list[dict]:
+            return [*messages[:-1], messages[-1] | {"content": args.teacher_prompt.replace("{}", messages[-1]["content"])}]
+    return Teacher(pair.teacher, pair.teacher_tokenizer, adapters_off=args.teacher == "base", prompt=prompt)
 
 
 def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
@@ -174,14 +186,15 @@ def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
         return ReplaySampler(Rollouts.load(args.replay), pair.tokenizer)
     return None if args.sampler == "trl" else VLLMSampler(args.student if args.quantize else pair.student, pair.tokenizer, lora_rank=args.lora)
 
-
-def stage(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair, sampler: Sampler | None) -> None:
+# %% ../nbs/60_cli.ipynb #cut118904a
+def stage(method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair, sampler: Sampler | None, teacher: Teacher) -> None:
     """One method, into `config.output_dir`, with its bridge beside the other files."""
-    bridge = bridge_of(method, args, config, pair)
+    bridge = bridge_of(method, args, config, pair, teacher)
     settings = {"method": method, "label": method_style(method).label + (f" + {args.mu:g} OPRD" if args.mu else ""), "student": args.student, "teacher": args.teacher,
                 "task": pair.task.name, "bridge": bridge and repr(bridge), "command": " ".join(["oprd", "train", *sys.argv[2:]]), "versions": versions()}
+    settings |= {} if method in ("oprd", *BRIDGED) else {"mu": args.mu}
     options = {"sampler": sampler, "eval_dataset": load_task(args.validation).test if args.validation else None}
-    results = distil(pair, objective_of(method, args, bridge), config, settings, samples=args.samples, **options)
+    results = distil(pair, objective_of(method, args, bridge), config, settings, samples=args.samples, teacher=teacher, **options)
     for when, result in results.items():
         print(f"{when}: {accuracy_of(result):.1%}")
     print(f"run folder: {Path(config.output_dir).resolve()}")
@@ -194,16 +207,17 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     task = training_prompts(args)
     lora = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear") if args.lora else None
     set_seed(config.seed)
-    pair = ModelPair(load_model(args.student, lora, args.quantize or None, args.dtype), load_model(args.teacher, dtype=args.dtype),
-                     load_tokenizer(args.student_tokenizer or args.student), load_tokenizer(args.teacher_tokenizer or args.teacher), task)
-    trained, sampler = [p for p in pair.student.parameters() if p.requires_grad], sampler_of(args, pair)
-    stage(args.method, args, config, pair, sampler)
+    student, of_student = load_model(args.student, lora, args.quantize or None, args.dtype), args.student_tokenizer or args.student
+    theirs = (student, of_student) if args.teacher == "base" else (load_model(args.teacher, dtype=args.dtype), args.teacher_tokenizer or args.teacher)
+    pair = ModelPair(student, theirs[0], load_tokenizer(of_student), load_tokenizer(theirs[1]), task)
+    trained, sampler, teacher = [p for p in student.parameters() if p.requires_grad], sampler_of(args, pair), teacher_of(args, pair)
+    stage(args.method, args, config, pair, sampler, teacher)
     if args.then:
         for p in trained:
             p.requires_grad_(True)  # the first stage froze what it cannot reach
         later = copy(config)
         later.output_dir, later.learning_rate = f"{config.output_dir}-then-{args.then}", args.then_learning_rate or config.learning_rate
-        stage(args.then, args, later, pair, sampler)
+        stage(args.then, args, later, pair, sampler, teacher)
 
 # %% ../nbs/60_cli.ipynb #00000012
 @dataclass

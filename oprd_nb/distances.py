@@ -31,7 +31,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 # %% ../nbs/19_distances.ipynb #00000008
 CHUNK_ROWS = 256
-"""Rows whose logits, or whose float32 hidden states, exist at the same time."""
+"""Rows whose float32 hidden states exist at the same time."""
 
 
 class _RowDistances(torch.autograd.Function):

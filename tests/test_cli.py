@@ -16,6 +16,7 @@ from oprd_nb.core import Rollouts
 from oprd_nb.distil import through
 from oprd_nb.frozen import Header, Side
 from oprd_nb.readout import ReadoutBridge
+from oprd_nb.runs import mu_table
 from oprd_nb.structure import Moments
 
 SHORT = ["--max_steps", "2", "--max_completion_length", "40", "--bf16", "False", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1",
@@ -100,6 +101,21 @@ def test_a_readout_asks_for_the_state_and_a_bridge_for_its_direction(tmp_path):
     assert through(readout, distance="cosine").distance == "cosine" and through(readout, layers="all").layers == "last" and through(readout).predicting
 
 
+def test_a_student_learns_from_its_own_base(tmp_path):
+    """Asked the same, the base with adapters of zero has nothing to teach; asked otherwise, it has."""
+    losses = {}
+    for name, changes in {"same question": [], "another": ["--teacher_prompt", "1+1=2 {}"]}.items():
+        assert train(tmp_path / name, "--lora", "4", *changes, teacher="base") == 0
+        losses[name] = json.loads((tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["same question"] < 1e-6 < losses["another"]
+
+
+def test_mu_is_recorded_for_a_sweep(tmp_path):
+    for mu in ("0", "10"):
+        assert train(tmp_path / mu, "--method", "opd-sampled", "--mu", mu, "--test", "arithmetic", "--samples", "1") == 0
+    assert mu_table([tmp_path / mu / "run" for mu in ("10", "0")])["mu"].tolist() == [0, 10]
+
+
 def bad_inputs(folder):
     pd.DataFrame({"question": ["1+1"], "answer": ["2"]}).to_parquet(folder / "no_prompt.parquet")
     (folder / "torn.safetensors").write_bytes(b"torn")
@@ -123,6 +139,7 @@ def bad_inputs(folder):
         "a bridge that is none": (dict(changes=["--method", "readout", "--bridge", str(folder / "torn.safetensors")]), "torn.safetensors", "oprd bridge"),
         "a bridge for other models": (dict(changes=["--method", "bridge", "--bridge", str(foreign_bridge(folder))]), "fitted for another teacher", "fit one"),
         "torn rollouts": (dict(changes=["--replay", str(folder / "torn.safetensors")]), "torn.safetensors", "Rollouts.save"),
+        "a base without adapters": (dict(teacher="base"), "teacher='base'", "--lora"),
         "generations that do not divide": (dict(changes=["--num_generations", "3"]), "num_generations=3", "change per_device"),
     }
 
@@ -130,7 +147,7 @@ def bad_inputs(folder):
 @pytest.mark.parametrize("case", [
     "an unknown layer", "an empty response", "no prompt column", "a missing prompts file", "a missing student", "a missing teacher", "a tokenizer that does not fit",
     "a student's tokenizer that does not fit", "another width", "an unknown method", "an unknown distance", "unknown positions", "torn rollouts",
-    "generations that do not divide", "mu beside a bridge", "a bridge for another method", "a bridge that is none", "a bridge for other models"])
+    "generations that do not divide", "a base without adapters", "mu beside a bridge", "a bridge for another method", "a bridge that is none", "a bridge for other models"])
 def test_bad_input_is_one_line(case, tmp_path, capsys):
     options, named, way_out = bad_inputs(tmp_path)[case]
     assert train(tmp_path, *options.pop("changes", []), **options) == 2

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from oprd_nb.core import Positions
+from oprd_nb.diagnostics import output_diagnostics
 from oprd_nb.objectives import FullKL, Representation
 from oprd_nb.rollouts import HFSampler, encode_prompts
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer, output_diagnostics
+from oprd_nb.training import OPRDConfig, OPRDTrainer
 
 
 def longer(messages):

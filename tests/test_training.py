@@ -151,6 +151,15 @@ def test_evaluation_reports_accuracy_and_output_diagnostics(same, tmp_path):
                           eval_dataset=same.task.validation.select(range(40)), processing_class=same.tokenizer)
     metrics = trainer.evaluate()
     assert 0 <= metrics["eval_avg@1"] <= 0.5 and metrics["actor/entropy"] > 0 and 0 <= metrics["topk/overlap_ratio"] <= 1
+    assert 0.5 < metrics["rep/cosine_similarity"] < 1 and "rep/cosine_layer_4" in metrics, "no term of this objective logs cosines, so they are measured here"
+
+
+def test_signal_and_noise_of_accumulated_gradients(same, tmp_path):
+    train(tmp_path, same, Representation(positions="all"), per_device_train_batch_size=16, gradient_accumulation_steps=4, max_steps=3, logging_steps=1)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["grad/snr"] > 1 for line in steps if "loss" in line), "early steps all point the same way"
+    train(tmp_path, same, Representation(positions="all"), per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=1)
+    assert "grad/snr" not in (tmp_path / "metrics.jsonl").read_text(), "one micro-batch cannot tell them apart"
 
 
 def test_several_generations_of_a_prompt(same, tmp_path):
