@@ -7,6 +7,7 @@ loss (Eq. 7), three seeds each. Methods train at the learning rates that `exampl
 share one, as the paper's do. Every step is accumulated from 8 micro-batches, so that the signal in its gradient is measured too.
 """
 import argparse
+import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -28,15 +29,17 @@ METHODS = {  # name: pair, settings
     "wide-bridge": ("wide", "--method bridge --learning_rate 3e-4"), "wide-readout": ("wide", "--method readout --learning_rate 3e-3"),
     "tokens-bridge": ("tokens", "--method bridge --rank 4 --learning_rate 1e-4"), "tokens-readout": ("tokens", "--method readout --learning_rate 3e-3"),
 }
-SWEEP = {f"mu-{mu:g}-seed-{seed}": ("same", f"--method opd-sampled --learning_rate 3e-4 --mu {mu:g} --seed {seed}") for mu in (0, 0.1, 1, 10, 100) for seed in (1, 2, 3)}
+SWEEP = {f"mu-{mu:g}-seed-{seed}": ("same", f"--method opd-sampled --learning_rate 3e-4 --mu {mu:g} --seed {seed}") for mu in (0, 1, 10, 100) for seed in (1, 2, 3)}
 
 
-def keep(run: Path, out: Path) -> None:
-    """Copy what figures read: settings, outcome, metrics where the run was evaluated on its way, and samples without their texts."""
+def keep(run: Path, out: Path, curves: bool) -> None:
+    """Copy what figures read: settings, outcome, samples without their texts and, with `curves`, metrics to five digits."""
     (out / "eval").mkdir(parents=True, exist_ok=True)
-    evaluated = "eval/" in (run / "metrics.jsonl").read_text()
-    for name in ["config.yaml", "summary.json"] + ["metrics.jsonl"] * evaluated:
+    for name in ("config.yaml", "summary.json"):
         (out / name).write_bytes((run / name).read_bytes())
+    if curves:
+        lines = [json.loads(line, parse_float=lambda digits: float(f"{float(digits):.5g}")) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
     for path in (run / "eval").glob("*.parquet"):
         pd.read_parquet(path, columns=["set", "problem", "correct", "tokens", "truncated"]).to_parquet(out / "eval" / path.name, compression="zstd")
 
@@ -56,7 +59,7 @@ def one_run(name: str, steps: int, out: str) -> str:
             sys.argv += ["--validation", "validation.parquet", "--eval_strategy", "steps", "--eval_steps", str(max(1, steps // 8)), "--eval_on_start", "True"]
         if code := oprd():
             raise RuntimeError(f"{name}: `{' '.join(sys.argv)}` ended with {code}")
-        keep(Path(name), out / name)
+        keep(Path(name), out / name, curves=pair == "same" and name in METHODS)
     return name
 
 

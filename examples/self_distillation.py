@@ -5,7 +5,7 @@
 
 Sums of two numbers from 2 to 20, asked with four worked examples, of which the model gets about half right. The teacher is the student's own base, adapters off
 (`Teacher.of_base`: one set of weights in memory), asked the same with every sum told in advance. OPRD on all layers and response positions. Problems of the three splits are
-disjoint, whichever way round they are written. The run folder holds the accuracy on test problems before and after, with intervals.
+disjoint, whichever way round they are written. The run folder holds the accuracy on test problems before and after, with intervals, and that of the base when it is told the sum.
 """
 import argparse
 import random
@@ -18,10 +18,12 @@ from peft import LoraConfig
 from oprd_nb.cli import accuracy_of, quiet
 from oprd_nb.core import set_seed
 from oprd_nb.distil import distil, versions
+from oprd_nb.evaluation import evaluate
 from oprd_nb.models import ModelPair, load_model, load_tokenizer
 from oprd_nb.objectives import Representation, as_objective
+from oprd_nb.rollouts import HFSampler
 from oprd_nb.tasks import Task
-from oprd_nb.teachers import Teacher
+from oprd_nb.teachers import Teacher, without_adapters
 from oprd_nb.training import OPRDConfig
 
 EXAMPLES = ((3, 9), (14, 5), (8, 8), (11, 17))
@@ -76,6 +78,10 @@ def main() -> None:
                 "command": f"python examples/self_distillation.py --steps {args.steps}", "versions": versions()}
     results = distil(pair, as_objective(Representation(positions="all")), config, settings, held_out=len(pair.task.test), samples=args.samples,
                      teacher=Teacher.of_base(student, tokenizer, prompt=told))
+    told_all = Task("sums", train=None, test=pair.task.test.map(lambda problem: {"prompt": told(problem["prompt"])}))
+    with without_adapters(student):
+        results["teacher"] = evaluate(HFSampler(student, tokenizer), told_all, n=args.samples, temperature=config.eval_temperature, max_new_tokens=config.max_completion_length,
+                                      seed=args.seed, path=f"{args.out}/eval/teacher.parquet")
     for when, result in results.items():
         print(f"{when}: {accuracy_of(result):.1%}")
         print(result.summary.to_string())

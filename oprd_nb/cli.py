@@ -229,6 +229,7 @@ class EvalArguments:
     samples: int = field(default=16, metadata={"help": "Responses a problem (k of Avg@k)."})
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0 is greedy."})
     max_new_tokens: int = field(default=16384, metadata={"help": "Tokens a response at most."})
+    outside: list[str] = field(default_factory=list, metadata={"help": "Those of the models that do not compete for the best, such as the teacher."})
     limit: int = field(default=0, metadata={"help": "Only the first so many problems; 0 is all."})
     batch_size: int = field(default=64, metadata={"help": "Responses sampled at the same time."})
     out: str = field(default="runs/eval", metadata={"help": "Folder for one parquet a model."})
@@ -245,6 +246,8 @@ def evaluate_models(args: EvalArguments) -> None:
     test = task.test.select(range(min(args.limit, len(task.test)))) if args.limit else task.test
     if args.sampler not in ("transformers", "vllm"):
         raise ValueError(f"sampler={args.sampler!r}: use transformers or vllm")
+    if strangers := set(args.outside) - set(args.models):
+        raise ValueError(f"outside={sorted(strangers)}: are none of the models that are evaluated, {args.models}")
     loaded = {name: (load_model(name, dtype=args.dtype), load_tokenizer(name)) for name in args.models}
     results = {}
     for name, (model, tokenizer) in loaded.items():
@@ -255,7 +258,7 @@ def evaluate_models(args: EvalArguments) -> None:
                                  temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed, path=path)
         if isinstance(sampler, VLLMSampler):
             sampler.close()
-    table = paired_table(results)
+    table = paired_table(results, outside=args.outside)
     print(table)
     export_table(table, Path(args.out) / task.name)
     print(f"samples, and the table as Markdown, LaTeX and CSV: {Path(args.out).resolve()}")

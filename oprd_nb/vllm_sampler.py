@@ -10,7 +10,7 @@ __all__ = ['PADDED', 'CHECKED', 'plain_weights', 'head_dim_of', 'with_heads', 'f
 import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oprd_nb.bench import (
-    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_loss_path, bench_ragged, cost_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
+    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_loss_path, bench_growth, bench_ragged, cost_figure, growth_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
     shape_of, summary, target_bytes,
 )
 
@@ -41,6 +41,15 @@ def test_a_picture_of_ratios(measurements):
     assert [trace.x for trace in fig.data] == [pytest.approx(x) for x in ((1, 1), (1.2, 1), (4.2, 1.75))], "peak and time of each method, the hungriest on top"
     assert fig.layout.xaxis.type == "log" and fig.layout.xaxis.title.text == "multiple of the floor"
     assert [trace.marker.symbol[0] for trace in fig.data] == ["circle", "circle", "circle-open"]
+
+
+def test_a_picture_of_growth(measurements):
+    grown = pd.concat([measurements.assign(k=128), measurements.assign(k=512, delta_peak=2 * measurements.delta_peak)])
+    fig = growth_figure(grown, "k")
+    assert [trace.name for trace in fig.data] == ["OPRD, all layers", "Full KL, TRL's"] and list(fig.data[0].x) == [128, 512]
+    assert fig.data[1].y[1] == 2 * fig.data[1].y[0] and fig.layout.xaxis.title.text == "supervised positions k" and fig.layout.yaxis.title.text.endswith("MB")
+    with pytest.raises(ValueError, match="axis='width'"):
+        bench_growth("width", [64])
 
 
 def test_a_result_comes_back_with_its_stamp(measurements, tmp_path):

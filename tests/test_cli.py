@@ -170,8 +170,9 @@ def test_unknown_flags_and_commands():
 
 
 def test_evaluates_models_side_by_side(tmp_path, capsys):
-    assert main(["eval", "--models", "embedded/student", "embedded/teacher", "--task", "arithmetic", "--samples", "1", "--max_new_tokens", "40", "--limit", "20",
-                 "--out", str(tmp_path)]) == 0
+    asked = ["eval", "--models", "embedded/student", "embedded/teacher", "--task", "arithmetic", "--samples", "1", "--max_new_tokens", "40", "--limit", "20", "--out", str(tmp_path)]
+    assert main([*asked, "--outside", "embedded/teacher_wide"]) == 2 and "outside=['embedded/teacher_wide']" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main([*asked, "--outside", "embedded/teacher"]) == 0
     shown = capsys.readouterr().out
     assert "embedded/student" in shown and "embedded/teacher" in shown and len(list(tmp_path.glob("*.parquet"))) == 2
 
