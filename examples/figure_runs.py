@@ -2,9 +2,9 @@
 
     python examples/figure_runs.py --out nbs/results/figures
 
-Four methods on the embedded pair of one architecture, bridges to the wider teacher and to the one with another tokenizer, and a sweep of mu: mu * OPRD added to the sampled-token
-loss (Eq. 7), three seeds each. Methods train at the learning rates that `examples/sweep.py` and `examples/bridge_runs.py` found best for them (top-k at full KL's); the sweep's runs
-share one, as the paper's do. Every step is accumulated from 8 micro-batches, so that the signal in its gradient is measured too.
+Four methods on the embedded pair of one architecture, bridges to the wider teacher and to the one with another tokenizer (for as many steps as in their tutorials), and a sweep of
+mu: mu * OPRD added to the sampled-token loss (Eq. 7), three seeds each. Methods train at the learning rates that `examples/sweep.py` and `examples/bridge_runs.py` found best for them
+(top-k at full KL's); the sweep's runs share one, as the paper's do. Every step is accumulated from 8 micro-batches, so that the signal in its gradient is measured too.
 """
 import argparse
 import json
@@ -26,8 +26,8 @@ PAIRS = {"same": "embedded/student embedded/teacher", "wide": "embedded/student 
 METHODS = {  # name: pair, settings
     "oprd": ("same", "--method oprd --learning_rate 3e-3"), "opd-full": ("same", "--method opd-full --learning_rate 3e-4"),
     "opd-topk": ("same", "--method opd-topk --learning_rate 3e-4"), "opd-sampled": ("same", "--method opd-sampled --learning_rate 1e-4"),
-    "wide-bridge": ("wide", "--method bridge --learning_rate 3e-4"), "wide-readout": ("wide", "--method readout --learning_rate 3e-3"),
-    "tokens-bridge": ("tokens", "--method bridge --rank 4 --learning_rate 1e-4"), "tokens-readout": ("tokens", "--method readout --learning_rate 3e-3"),
+    "wide-bridge": ("wide", "--method bridge --learning_rate 3e-4 --max_steps 600"), "wide-readout": ("wide", "--method readout --learning_rate 3e-3 --max_steps 600"),
+    "tokens-bridge": ("tokens", "--method bridge --rank 4 --learning_rate 1e-4 --max_steps 400"), "tokens-readout": ("tokens", "--method readout --learning_rate 3e-3 --max_steps 400"),
 }
 SWEEP = {f"mu-{mu:g}-seed-{seed}": ("same", f"--method opd-sampled --learning_rate 3e-4 --mu {mu:g} --seed {seed}") for mu in (0, 1, 10, 100) for seed in (1, 2, 3)}
 
@@ -53,7 +53,7 @@ def one_run(name: str, steps: int, out: str) -> str:
     out = Path(out).absolute()
     with TemporaryDirectory() as folder, chdir(folder):
         student, teacher = PAIRS[pair].split()
-        sys.argv = ["oprd", "train", "--student", student, "--teacher", teacher, *ALL, *settings.split(), "--max_steps", str(steps), "--output_dir", name]
+        sys.argv = ["oprd", "train", "--student", student, "--teacher", teacher, *ALL, "--max_steps", str(steps), *settings.split(), "--output_dir", name]
         if name in METHODS:
             embedded("same").task.validation.select(range(100)).to_parquet("validation.parquet")
             sys.argv += ["--validation", "validation.parquet", "--eval_strategy", "steps", "--eval_steps", str(max(1, steps // 8)), "--eval_on_start", "True"]
