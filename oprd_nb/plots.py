@@ -164,8 +164,9 @@ def add_series(fig: go.Figure, table: pd.DataFrame, metric: str, axis: str, smoo
 def curve(runs: Runs, metric: str, axis: str, smooth: int | None, title: str, y: str, percent: bool = False) -> go.Figure:
     """A metric against step or seconds: raw points of every run, a rolling mean over `smooth` points (None: see `default_window`)."""
     table = metrics_table(runs)
-    smooth = smooth or default_window(table["step"][table[metric].notna()].nunique() if metric in table else 0)
-    rolling = f", rolling mean of {smooth}" if smooth > 1 else ""
+    points = table.dropna(subset=[metric]).groupby("label")["step"].nunique().max() if metric in table else 0
+    window = smooth or default_window(int(points))
+    rolling = f", rolling mean of {window}" if window > 1 else ""
     fig = canvas(title, f"points: every run as logged · line: mean over seeds{rolling}", y=y, percent=percent)
     return add_series(fig, table, metric, axis, smooth)
 
@@ -286,12 +287,13 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     return [min(height, top - gap * place) for height, place in zip(up, reversed(range(len(up))), strict=True)]
 
 
-def add_bubble_labels(fig: go.Figure, rows: list[dict], per: float) -> go.Figure:
-    """Labels to the right of the bubbles, apart from each other, each with a thin line to its bubble."""
+def add_bubble_labels(fig: go.Figure, rows: list[dict], per: float, column: float | None = None) -> go.Figure:
+    """Labels to the right of the bubbles, or in a column at so many seconds, apart from each other, each with a thin line to its bubble."""
+    beside = dict(ax=32) if column is None else dict(ax=column / per, axref="x")
     rows = sorted(rows, key=lambda row: row["accuracy"])
     for row, height in zip(rows, spread([row["accuracy"] for row in rows], gap=0.17, top=0.97), strict=True):
         label, numbers = bubble_text(row).split("<br>")
-        fig.add_annotation(x=row["seconds"] / per, y=row["accuracy"], ax=32, ay=height, ayref="y", text=f"<b>{label}</b><br>{numbers}", align="left",
+        fig.add_annotation(x=row["seconds"] / per, y=row["accuracy"], ay=height, ayref="y", **beside, text=f"<b>{label}</b><br>{numbers}", align="left",
                            xanchor="left", font_size=12, arrowhead=0, arrowwidth=0.8, arrowcolor="#888888", bgcolor="rgba(255,255,255,0.7)")
     return fig
 
@@ -314,11 +316,11 @@ def pareto_bubble(runs: Runs, paper: bool = False) -> go.Figure:
     per, largest = time_axis(fig, "seconds", table["seconds"].max()), table["delta_peak"].max()
     for row in table.to_dict("records"):
         add_bubble(fig, row, per, largest if largest > 0 else 1.0)
-    add_bubble_labels(fig, ours.to_dict("records"), per)
+    add_bubble_labels(fig, ours.to_dict("records"), per, None if paper else 1.25 * table["seconds"].max())
     if paper:
         log_time_axis(fig, per, table["seconds"].min(), table["seconds"].max())
     else:
-        fig.update_xaxes(range=[0, 1.9 * table["seconds"].max() / per])
+        fig.update_xaxes(range=[0, 2.1 * table["seconds"].max() / per])
     if np.isfinite(before := ours["before"].mean()):
         fig.add_hline(before, line=dict(color=OKABE_ITO["grey"], dash="dot", width=1.5), annotation_position="bottom right" if paper else "bottom left",
                       annotation=dict(text=f"student before training: {before:.1%}", font_color="#666666", font_size=12))
@@ -376,9 +378,11 @@ def entropy_curves(runs: Runs, axis: str = "step", smooth: int | None = None) ->
 
 
 def snr_curve(runs: Runs, axis: str = "step", smooth: int | None = None) -> go.Figure:
-    """Signal-to-noise ratio of the gradient, on a log scale; the quantity of Theorem 1."""
-    return curve(runs, "grad/snr", axis, smooth, "Gradient signal-to-noise", "Signal-to-noise (log scale)").update_yaxes(
-        type="log", tickformat="~g")
+    """Signal-to-noise ratio of the gradient, on a log scale; the quantity of Theorem 1. Estimates below zero, a signal lost in the noise, leave a gap."""
+    fig = curve(runs, "grad/snr", axis, smooth, "Gradient signal-to-noise", "Signal-to-noise (log scale)")
+    for trace in fig.data:
+        trace.y = np.where(trace.y > 0, trace.y, np.nan)
+    return fig.update_yaxes(type="log", tickformat="~g")
 
 # %% ../nbs/31_plots.ipynb #00000040
 def add_band(fig: go.Figure, table: pd.DataFrame, value: str, name: str, colour: str, dash: str) -> go.Figure:
