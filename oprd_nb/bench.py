@@ -400,7 +400,7 @@ def cost_figure(table: pd.DataFrame) -> go.Figure:
     fig.add_vline(x=1, line=dict(color="#999999", dash="dot", width=1))
     return fig.update_layout(showlegend=False, width=680, height=110 + 27 * len(table)).update_xaxes(type="log", tickvals=[0.5, 0.75, 1, 1.5, 2, 3, 4, 6])
 
-# %% ../nbs/50_bench.ipynb #00000027
+# %% ../nbs/50_bench.ipynb #00000029
 KINDS = ("loss-path", "bridge", "sampler", "ragged", "growth", "step")
 GROWTH = {"response": ((448, 960, 1984, 4032), {}), "k": ((128, 512, 2048), {"response": 2048}), "layers": ((10, 20, 30), {}), "vocabulary": ((32768, 49152, 151936), {})}
 """Values of `oprd bench growth --axis`, and what else of the shape they need."""

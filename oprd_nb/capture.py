@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/04_capture.ipynb #00000005
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -96,9 +97,15 @@ def stopped_after(backbone: nn.Module, depth: int):
 
 @contextmanager
 def hooked(blocks: nn.ModuleList, layers: list[int], see):
-    """For the time of the block, call `see(layer, hidden_states)` on each of these layers' outputs."""
+    """For the time of the block, call `see(layer, hidden_states)` on each of these layers' outputs; what it returns, if anything, takes their place."""
     def watch(layer):
-        return lambda module, args, output: see(layer, output[0] if isinstance(output, tuple) else output)
+        def hook(module, args, output):
+            if not isinstance(output, tuple):
+                return see(layer, output)
+            seen = see(layer, output[0])
+            return None if seen is None else (seen, *output[1:])
+
+        return hook
 
     handles = [blocks[layer - 1].register_forward_hook(watch(layer)) for layer in layers]
     try:
@@ -132,6 +139,41 @@ class Shelf:
         start = sum(size for other, size in list(self.sizes.items())[: list(self.sizes).index(key)])
         return torch.index_select(hidden, 0, rows, out=self.block[start : start + self.sizes[key]])
 
+# %% ../nbs/04_capture.ipynb #sparse01
+class _Dense(torch.autograd.Function):
+    """The identity, whose gradient is dense even where all of it came from `_SparseRows`."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        """The same hidden states."""
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        """The gradient, dense."""
+        return upstream.to_dense() if upstream.is_sparse else upstream
+
+
+class _SparseRows(torch.autograd.Function):
+    """`hidden.flatten(0, 1)[rows]` with a sparse gradient.
+
+    The loss's part of the gradient is ready for all layers before the deepest block goes backward; dense, that would be a whole sequence a layer.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, rows):
+        """The rows, (n, d)."""
+        ctx.rows, ctx.shape = rows, hidden.shape
+        return hidden.flatten(0, 1).index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        """A sparse (batch, time, d) tensor, which autograd adds to the dense one from the blocks above."""
+        at = torch.stack([ctx.rows // ctx.shape[1], ctx.rows % ctx.shape[1]])
+        return torch.sparse_coo_tensor(at, upstream, ctx.shape, check_invariants=False), None
+
 # %% ../nbs/04_capture.ipynb #00000011
 def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attention_mask: Bool[Tensor, "batch time"],
                  wanted: Mapping[int | str, Tensor], final_norm: bool = True, keep: Mapping[int | str, Callable[[Tensor], Tensor]] | None = None) -> Captured:
@@ -150,18 +192,24 @@ def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attenti
 
     def take(key, hidden):
         rows, index = hidden.flatten(0, 1), flat[key].to(hidden.device)
-        select = partial(torch.index_select, rows, 0, index)
-        states[key] = select if torch.is_grad_enabled() else keep[key](select()) if key in keep else shelf.put(key, rows, index)
+        if torch.is_grad_enabled():
+            states[key] = partial(_SparseRows.apply, hidden, index)
+        else:
+            states[key] = keep[key](rows.index_select(0, index)) if key in keep else shelf.put(key, rows, index)
+
+    def tap(key, hidden):
+        kept[key] = _Dense.apply(hidden)
+        return kept[key]
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = position_ids_of(attention_mask)
     depth = len(blocks) if after_norm else max(wanted)
-    see = kept.__setitem__ if torch.is_grad_enabled() else take
+    see = tap if torch.is_grad_enabled() else take
     with stopped_after(backbone, depth), hooked(blocks, [key for key in wanted if key not in after_norm], see):
         last = backbone(**inputs).last_hidden_state
     for key in after_norm:
-        take(key, last)
+        take(key, _Dense.apply(last))
     for key, hidden in kept.items():
         take(key, hidden)
     return Captured({key: states[key] for key in wanted}, frozenset(keep) & frozenset(wanted))
