@@ -1,9 +1,9 @@
-"""A real model learns from itself: SmolLM2-135M-Instruct with LoRA, from the same weights with the solution before their eyes.
+"""A real model as its own teacher: SmolLM2-135M-Instruct with LoRA, from the same weights with the solution before their eyes.
 
     make smollm2
     python examples/self_distillation.py --out runs/self-distillation
 
-Sums of two numbers from 2 to 20, asked with four worked examples, of which the model gets about half right. The teacher is the student's own base, adapters off
+Sums of two numbers from 2 to 20, asked with four worked examples, of which the model gets about one in four right. The teacher is the student's own base, adapters off
 (`Teacher.of_base`: one set of weights in memory), asked the same with every sum told in advance. OPRD on all layers and response positions. Problems of the three splits are
 disjoint, whichever way round they are written. The run folder holds the accuracy on test problems before and after, with intervals, and that of the base when it is told the sum.
 """
@@ -75,7 +75,7 @@ def main() -> None:
     config = OPRDConfig(args.out, max_steps=args.steps, learning_rate=args.learning_rate, seed=args.seed, per_device_train_batch_size=16, gradient_accumulation_steps=1,
                         num_generations=1, max_completion_length=32, bf16=False, use_cpu=True, save_strategy="no", gradient_checkpointing=False, weight_decay=0.0)
     settings = {"method": "oprd", "label": "OPRD, told the sum", "student": args.model, "teacher": f"{args.model}, told the sum", "task": "sums",
-                "command": f"python examples/self_distillation.py --steps {args.steps}", "versions": versions()}
+                "command": f"python examples/self_distillation.py --steps {args.steps} --samples {args.samples}", "versions": versions()}
     results = distil(pair, as_objective(Representation(positions="all")), config, settings, held_out=len(pair.task.test), samples=args.samples,
                      teacher=Teacher.of_base(student, tokenizer, prompt=told))
     told_all = Task("sums", train=None, test=pair.task.test.map(lambda problem: {"prompt": told(problem["prompt"])}))

@@ -428,6 +428,11 @@ class BenchArguments:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device={self.device!r}: there is no GPU; use cpu")
 
+    @property
+    def path(self) -> Path:
+        """The JSON, named by what is measured, and for growth by its axis."""
+        return Path(self.out) / (f"growth-{self.axis}.json" if self.what == "growth" else f"{self.what}.json")
+
 
 def shape_of(args: BenchArguments) -> Shape:
     """The shape a request means."""
@@ -437,7 +442,7 @@ def shape_of(args: BenchArguments) -> Shape:
 
 
 def bench(args: BenchArguments) -> dict[str, pd.DataFrame]:
-    """Run one bench and write `<out>/<what>.json`; returns its tables, to be printed."""
+    """Run one bench and write `args.path`; returns its tables, to be printed."""
     shape, methods = shape_of(args), args.methods.split(",") if args.methods else None
     if args.what in ("loss-path", "step"):
         rounds = bench_loss_path(shape, methods, args.rounds)
@@ -450,5 +455,5 @@ def bench(args: BenchArguments) -> dict[str, pd.DataFrame]:
     else:
         tables = {"bridge": lambda: {"targets": bench_bridge(shape)}, "sampler": lambda: {"rounds": bench_sampler(args.model, rounds=args.rounds)},
                   "ragged": lambda: {"rounds": bench_ragged(replace(shape, dtype="float32"), rounds=args.rounds)}}[args.what]()
-    save_bench(Path(args.out) / f"{args.what}{f'-{args.axis}' * (args.what == 'growth')}.json", shape, **tables)
+    save_bench(args.path, shape, **tables)
     return tables

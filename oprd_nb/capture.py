@@ -188,30 +188,25 @@ def capture_each(model: nn.Module, input_ids: Int[Tensor, "batch time"], attenti
     _refuse_reentrant(blocks)
     after_norm = {key for key in wanted if key == FINAL or (final_norm and key == len(blocks))}
     flat = {key: flat_rows(rows, tuple(input_ids.shape)) for key, rows in wanted.items()}
-    kept, states, shelf = {}, {}, Shelf({key: len(rows) for key, rows in flat.items() if key not in keep})
+    states, shelf = {}, Shelf({key: len(rows) for key, rows in flat.items() if key not in keep})
 
     def take(key, hidden):
-        rows, index = hidden.flatten(0, 1), flat[key].to(hidden.device)
+        index = flat[key].to(hidden.device)
         if torch.is_grad_enabled():
+            hidden = _Dense.apply(hidden)
             states[key] = partial(_SparseRows.apply, hidden, index)
-        else:
-            states[key] = keep[key](rows.index_select(0, index)) if key in keep else shelf.put(key, rows, index)
-
-    def tap(key, hidden):
-        kept[key] = _Dense.apply(hidden)
-        return kept[key]
+            return hidden
+        rows = hidden.flatten(0, 1)
+        states[key] = keep[key](rows.index_select(0, index)) if key in keep else shelf.put(key, rows, index)
 
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = position_ids_of(attention_mask)
     depth = len(blocks) if after_norm else max(wanted)
-    see = tap if torch.is_grad_enabled() else take
-    with stopped_after(backbone, depth), hooked(blocks, [key for key in wanted if key not in after_norm], see):
+    with stopped_after(backbone, depth), hooked(blocks, [key for key in wanted if key not in after_norm], take):
         last = backbone(**inputs).last_hidden_state
     for key in after_norm:
-        take(key, _Dense.apply(last))
-    for key, hidden in kept.items():
-        take(key, hidden)
+        take(key, last)
     return Captured({key: states[key] for key in wanted}, frozenset(keep) & frozenset(wanted))
 
 

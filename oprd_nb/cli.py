@@ -175,7 +175,7 @@ def teacher_of(args: TrainArguments, pair: ModelPair) -> Teacher:
     if args.teacher_prompt:
         def prompt(messages: list[dict]) -> list[dict]:
             return [*messages[:-1], messages[-1] | {"content": args.teacher_prompt.replace("{}", messages[-1]["content"])}]
-    return Teacher(pair.teacher, pair.teacher_tokenizer, adapters_off=args.teacher == "base", prompt=prompt)
+    return Teacher(pair.teacher, pair.teacher_tokenizer, adapters_off=pair.teacher is pair.student, prompt=prompt)
 
 
 def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
@@ -296,7 +296,7 @@ def show_bench(args: BenchArguments) -> None:
     """Run one bench and print its tables."""
     for table in bench(args).values():
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(f"stored: {(Path(args.out) / args.what).resolve()}.json")
+    print(f"stored: {args.path.resolve()}")
 
 
 def report(args: ReportArguments) -> None:

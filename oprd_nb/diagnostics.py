@@ -33,7 +33,7 @@ class GradientSignal:
     @torch.no_grad()
     def read(self) -> None:
         """Note what the last backward pass has added to the gradients."""
-        now = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten()[:: self.stride].float() for p in self.parameters])
+        now = torch.cat([(p.new_zeros(-(-p.numel() // self.stride)) if p.grad is None else p.grad.flatten()[:: self.stride]).float() for p in self.parameters])
         self.squares += (now - self.total).square().sum().item()
         self.total, self.parts = now, self.parts + 1
 

@@ -446,7 +446,8 @@ def _evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metri
     summary = result.summary.set_index("metric")["value"]
     metrics = {f"{metric_key_prefix}_{name}": float(summary[name]) for name in (f"avg@{self.args.eval_samples}", "length/mean", "truncated")}
     rollouts = sampler.sample(dataset["prompt"][:64], n=1, max_new_tokens=self.max_completion_length, seed=self.args.seed)
-    for diagnostics in [output_diagnostics] + [representation_diagnostics] * (not any(isinstance(term, Representation) for _, term in self.objective.terms)):
+    logs_cosines = any(isinstance(term, Representation) for _, term in self.objective.terms)
+    for diagnostics in (output_diagnostics,) if logs_cosines else (output_diagnostics, representation_diagnostics):
         metrics |= self._inside(self.model_wrapped, partial(diagnostics, student, self.teacher, rollouts.to(self.accelerator.device), self._tokenizer))
     student.train(training)
     self.log(dict(metrics))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oprd_nb.bench import (
-    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_loss_path, bench_growth, bench_ragged, cost_figure, growth_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
+    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_growth, bench_loss_path, bench_ragged, cost_figure, growth_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
     shape_of, summary, target_bytes,
 )
 
@@ -48,6 +48,7 @@ def test_a_picture_of_growth(measurements):
     fig = growth_figure(grown, "k")
     assert [trace.name for trace in fig.data] == ["OPRD, all layers", "Full KL, TRL's"] and list(fig.data[0].x) == [128, 512]
     assert fig.data[1].y[1] == 2 * fig.data[1].y[0] and fig.layout.xaxis.title.text == "supervised positions k" and fig.layout.yaxis.title.text.endswith("MB")
+    assert BenchArguments("growth", axis="k", out="x").path.as_posix() == "x/growth-k.json" and BenchArguments("ragged", out="x").path.as_posix() == "x/ragged.json"
     with pytest.raises(ValueError, match="axis='width'"):
         bench_growth("width", [64])
 
