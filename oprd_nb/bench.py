@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'TINY', 'PAPER', 'Loss', 'LABELS', 'OURS', 'ONE_THREAD', 'AXES', 'KINDS', 'GROWTH', 'Shape', 'make_model',
            'make_rollouts', 'BareTeacher', 'ours', 'floor', 'trl_full', 'as_written', 'reference_oprd', 'random_bridge',
-           'methods_for', 'bench_loss_path', 'summary', 'target_bytes', 'bench_growth', 'over_floor', 'growth_figure',
-           'log_uniform', 'bench_ragged', 'samplers_for', 'bench_sampler', 'bench_bridge', 'stamp', 'save_bench',
-           'load_bench', 'cost_figure', 'BenchArguments', 'shape_of', 'bench']
+           'methods_for', 'bench_peaks', 'bench_loss_path', 'summary', 'target_bytes', 'bench_growth', 'over_floor',
+           'growth_figure', 'log_uniform', 'bench_ragged', 'samplers_for', 'bench_sampler', 'bench_bridge', 'stamp',
+           'save_bench', 'load_bench', 'cost_figure', 'BenchArguments', 'shape_of', 'bench']
 
 # %% ../nbs/50_bench.ipynb #00000003
 import json
@@ -133,10 +133,10 @@ def trl_full(k: int) -> Loss:
 
 
 def as_written(kind: str, k: int) -> Loss:
-    """The sampled token ("sampled"), top 16 ("topk") or full KL ("full") from what a model returns: logits of whole sequences, then log-softmaxes of all k rows at the same time."""
+    """The sampled token ("sampled"), top 16 ("topk") or full KL ("full") from what a model returns: logits of whole sequences, their log-softmax in float32, and only then the k rows compared."""
     def of(model, rollouts):
         logits = model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long(), use_cache=False).logits
-        return logits[:, -k - 1 : -1].float().log_softmax(-1)
+        return logits.float().log_softmax(-1)[:, -k - 1 : -1]
 
     def loss(student, teacher, rollouts):
         with torch.no_grad():
@@ -237,15 +237,20 @@ def _workers(shape: Shape, methods: Sequence[str], settings: dict[str, str]):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 # %% ../nbs/50_bench.ipynb #0000000f
-def bench_loss_path(shape: Shape = SMOLLM2, methods: Sequence[str] | None = None, rounds: int = 5) -> pd.DataFrame:
-    """DataFrame(method, round, seconds, delta_peak in bytes): every method in processes of its own, first its peak, then rounds interleaved, one step at a time."""
+def bench_peaks(shape: Shape = SMOLLM2, methods: Sequence[str] | None = None) -> pd.DataFrame:
+    """DataFrame(method, delta_peak in bytes): one step of each method, alone in a process. A count of bytes, so the machine need not be quiet."""
     methods = list(methods_for(shape)) if methods is None else list(methods)
     if unknown := set(methods) - set(methods_for(shape)):
         raise ValueError(f"methods={sorted(unknown)}: use some of {list(methods_for(shape))}")
-    peaks = {method: _alone(shape, method)[1] for method in methods}
-    with _workers(shape, methods, ONE_THREAD) as connections:
-        rows = [{"method": method, "round": n, "seconds": _step(connection)[0], "delta_peak": peaks[method]} for n in range(rounds) for method, connection in connections.items()]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([{"method": method, "delta_peak": _alone(shape, method)[1]} for method in methods])
+
+
+def bench_loss_path(shape: Shape = SMOLLM2, methods: Sequence[str] | None = None, rounds: int = 5) -> pd.DataFrame:
+    """DataFrame(method, round, seconds, delta_peak in bytes): every method in processes of its own, first its peak, then rounds interleaved, one step at a time."""
+    peaks = bench_peaks(shape, methods)
+    with _workers(shape, peaks["method"], ONE_THREAD) as connections:
+        rows = [{"method": method, "round": n, "seconds": _step(connection)[0]} for n in range(rounds) for method, connection in connections.items()]
+    return pd.DataFrame(rows).merge(peaks)
 
 
 def _step(connection) -> tuple[float, int]:
@@ -401,7 +406,7 @@ def cost_figure(table: pd.DataFrame) -> go.Figure:
     return fig.update_layout(showlegend=False, width=680, height=110 + 27 * len(table)).update_xaxes(type="log", tickvals=[0.5, 0.75, 1, 1.5, 2, 3, 4, 6])
 
 # %% ../nbs/50_bench.ipynb #00000029
-KINDS = ("loss-path", "bridge", "sampler", "ragged", "growth", "step")
+KINDS = ("loss-path", "peaks", "bridge", "sampler", "ragged", "growth", "step")
 GROWTH = {"response": ((448, 960, 1984, 4032), {}), "k": ((128, 512, 2048), {"response": 2048}), "layers": ((10, 20, 30), {}), "vocabulary": ((32768, 49152, 151936), {})}
 """Values of `oprd bench growth --axis`, and what else of the shape they need."""
 
@@ -410,17 +415,18 @@ GROWTH = {"response": ((448, 960, 1984, 4032), {}), "k": ((128, 512, 2048), {"re
 class BenchArguments:
     """Measure what losses, bridges and samplers cost; nothing else should run beside it."""
 
-    what: str = field(metadata={"help": "loss-path, bridge, sampler, ragged, growth or step."})
+    what: str = field(metadata={"help": "loss-path, peaks, bridge, sampler, ragged, growth or step."})
     rounds: int = field(default=5, metadata={"help": "Interleaved rounds after warming up."})
     model: str = field(default="embedded/student", metadata={"help": "What writes in the sampler's bench: a model folder, hub id or short form."})
-    methods: str = field(default="", metadata={"help": "Methods of loss-path and step, separated by commas; by default all."})
+    methods: str = field(default="", metadata={"help": "Methods of loss-path, peaks and step, separated by commas; by default all."})
     axis: str = field(default="response", metadata={"help": "Along what growth is measured: response, k, layers or vocabulary."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda; step on cuda has the paper's shape."})
+    dtype: str = field(default="", metadata={"help": "bfloat16 or float32, where a processor has no arithmetic for bfloat16; by default the shape's."})
     tiny: bool = field(default=False, metadata={"help": "A tiny shape, to see that it runs."})
     out: str = field(default="runs/bench", metadata={"help": "Folder for the JSON."})
 
     def __post_init__(self):
-        for name, known in (("what", KINDS), ("axis", AXES)):
+        for name, known in (("what", KINDS), ("axis", AXES), ("dtype", ("", "bfloat16", "float32"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {list(known)}")
         if self.rounds < 1:
@@ -436,9 +442,8 @@ class BenchArguments:
 
 def shape_of(args: BenchArguments) -> Shape:
     """The shape a request means."""
-    if args.tiny:
-        return replace(TINY, device=args.device)
-    return PAPER if args.what == "step" and args.device.startswith("cuda") else replace(SMOLLM2, device=args.device)
+    shape = TINY if args.tiny else PAPER if args.what == "step" and args.device.startswith("cuda") else SMOLLM2
+    return replace(shape, device=args.device, dtype=args.dtype or shape.dtype)
 
 
 def bench(args: BenchArguments) -> dict[str, pd.DataFrame]:
@@ -453,7 +458,7 @@ def bench(args: BenchArguments) -> dict[str, pd.DataFrame]:
         grown = bench_growth(args.axis, [8, 32] if args.tiny else values, shape)
         tables = {"steps": grown, "over_floor": over_floor(grown, args.axis)}
     else:
-        tables = {"bridge": lambda: {"targets": bench_bridge(shape)}, "sampler": lambda: {"rounds": bench_sampler(args.model, rounds=args.rounds)},
+        tables = {"peaks": lambda: {"peaks": bench_peaks(shape, methods)}, "bridge": lambda: {"targets": bench_bridge(shape)}, "sampler": lambda: {"rounds": bench_sampler(args.model, rounds=args.rounds)},
                   "ragged": lambda: {"rounds": bench_ragged(replace(shape, dtype="float32"), rounds=args.rounds)}}[args.what]()
     save_bench(args.path, shape, **tables)
     return tables

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oprd_nb.bench import (
-    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_growth, bench_loss_path, bench_ragged, cost_figure, growth_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
+    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_growth, bench_loss_path, bench_peaks, bench_ragged, cost_figure, growth_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
     shape_of, summary, target_bytes,
 )
 
@@ -65,6 +65,13 @@ def test_measured_in_a_process_of_its_own():
         bench_loss_path(TINY, ["floor", "magic"])
 
 
+def test_peaks_follow_the_arithmetic():
+    shape = replace(TINY, vocabulary=8192)
+    peaks = bench_peaks(shape, ["floor", "written-full"]).set_index("method").delta_peak
+    log_softmaxes = 2 * shape.batch * (shape.prompt + shape.response) * shape.vocabulary * 4
+    assert peaks["written-full"] - peaks["floor"] > log_softmaxes, "two log-softmaxes of whole sequences are alive at the same time"
+
+
 def test_targets_are_what_the_arithmetic_says():
     assert target_bytes(TINY) == 2 * 32 * 4 * 64 * 4 and target_bytes(TINY, rank=8) == target_bytes(TINY) // 8
     half = replace(TINY, dtype="bfloat16")
@@ -81,7 +88,8 @@ def test_requests(tmp_path):
     assert shape_of(BenchArguments("loss-path")) == SMOLLM2 and shape_of(BenchArguments("step")) == SMOLLM2 and PAPER.k == 2000
     tables = bench(BenchArguments("bridge", tiny=True, out=str(tmp_path)))
     assert (tmp_path / "bridge.json").exists() and list(tables["targets"]["rank"]) == [4, 8, 32]
-    for wrong, message in [({"what": "magic"}, "what='magic'"), ({"what": "step", "rounds": 0}, "rounds=0")]:
+    assert shape_of(BenchArguments("growth", dtype="float32")) == replace(SMOLLM2, dtype="float32") and shape_of(BenchArguments("peaks", tiny=True)) == TINY
+    for wrong, message in [({"what": "magic"}, "what='magic'"), ({"what": "peaks", "dtype": "float8"}, "dtype='float8'"), ({"what": "step", "rounds": 0}, "rounds=0")]:
         with pytest.raises(ValueError, match=message):
             BenchArguments(**wrong)
     if not torch.cuda.is_available():
