@@ -14,6 +14,7 @@ __all__ = ['FONT', 'DASHES', 'PAPER_TABLES', 'PAPER_LABELS', 'canvas', 'SmallPng
 
 # %% ../nbs/31_plots.ipynb #00000006
 import base64
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
@@ -69,8 +70,12 @@ class SmallPng(MimetypeRenderer):
     """Plotly renderer `small_png`: a picture with a palette of 48 colours, about 10 kB; used as `plotly_mimetype+small_png` in notebooks."""
 
     def to_mimebundle(self, fig_dict: dict) -> dict[str, str]:
-        """The figure as the mime type image/png, base64."""
-        picture, small = Image.open(BytesIO(pio.to_image(fig_dict, "png"))), BytesIO()
+        """The figure as the mime type image/png, base64; without a browser that could draw it a warning, and no picture."""
+        try:
+            picture, small = Image.open(BytesIO(pio.to_image(fig_dict, "png"))), BytesIO()
+        except RuntimeError:
+            warnings.warn("small_png: found no Chrome or Chromium to draw a picture with, so figures are saved without; `plotly_get_chrome` installs one", stacklevel=2)
+            return {}
         picture.convert("RGB").quantize(48, method=Image.Quantize.MAXCOVERAGE).save(small, "png", optimize=True)
         return {"image/png": base64.b64encode(small.getvalue()).decode()}
 

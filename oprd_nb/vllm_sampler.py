@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .core import Rollouts
 from .models import end_tokens, is_adapter_folder, load_model, load_tokenizer, locate_model
-from .rollouts import check_sampling, encode_prompts, response_log_probs
+from .rollouts import check_sampling, laid_out, response_log_probs
 
 # %% ../nbs/03a_vllm.ipynb #00000005
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def sample(self, prompts: Sequence, n: int = 1, temperature: float = 1.0, max_ne
     """
     from vllm import SamplingParams
     check_sampling(n, temperature, max_new_tokens)
-    wanted = [ids for ids in encode_prompts(self.tokenizer, prompts) for _ in range(n)]
+    wanted, chat = laid_out(self.tokenizer, prompts, n)
     settings = [SamplingParams(temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=self.eos_token_ids, ignore_eos=True, detokenize=False,
                                logprobs=0 if i < CHECKED else None) for i in range(len(wanted))]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -195,7 +195,7 @@ def sample(self, prompts: Sequence, n: int = 1, temperature: float = 1.0, max_ne
         done = self.engine.generate([{"prompt_token_ids": ids} for ids in wanted], settings, use_tqdm=False, lora_request=self._adapter)
     written = [request.outputs[0] for request in done]
     responses = [list(output.token_ids) for output in written]
-    pad, chat = self.tokenizer.pad_token_id, [p for p in prompts for _ in range(n)] if isinstance(prompts[0][0], dict) else None
+    pad = self.tokenizer.pad_token_id
     self.scored = (Rollouts.from_ids(wanted[:CHECKED], responses[:CHECKED], pad),
                    torch.tensor([step[token].logprob for output in written[:CHECKED] for token, step in zip(output.token_ids, output.logprobs, strict=True)]))
     return Rollouts.from_ids(wanted, responses, pad, prompts=chat)

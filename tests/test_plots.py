@@ -168,3 +168,12 @@ def test_a_figure_carries_its_own_small_theme(runs):
     fig = plots.accuracy_curve(runs[:1])
     assert fig.layout.paper_bgcolor is None and fig.layout.template.layout.paper_bgcolor == "white"
     assert len(fig.to_json()) < 6000
+
+
+def test_a_machine_without_a_browser_shows_figures_without_pictures(monkeypatch):
+    def no_browser(*args, **kwargs):
+        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
+
+    monkeypatch.setattr(plots.pio, "to_image", no_browser)
+    with pytest.warns(UserWarning, match="plotly_get_chrome"):
+        assert plots.SmallPng().to_mimebundle({}) == {}
