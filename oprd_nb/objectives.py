@@ -63,7 +63,7 @@ class Term(ABC):
         """What the student's `layer` is compared with: the teacher's rows, or what a bridge makes of them; `offsets` as in `Pairs.offset`."""
         return rows
 
-    def check(self, student: nn.Module, teacher: Teacher, tokenizer) -> None:
+    def check(self, student: nn.Module, teacher: Teacher, tokenizer) -> None:  # noqa: B027, most terms have nothing to check
         """ValueError, before the first pass, where this term cannot compare these two models; `tokenizer` is the student's."""
 
     @abstractmethod

@@ -64,12 +64,13 @@ def gradient_of(term: Term, student: nn.Module, teacher: Teacher, rollouts: Roll
 # %% ../nbs/40_theory.ipynb #0000000c
 def between(student: nn.Module, teacher: nn.Module, share: float) -> nn.Module:
     """A copy of the student whose weights are `share` of its own and the rest the teacher's. ValueError where their weights have other shapes."""
-    mixed, theirs = copy.deepcopy(student), teacher.state_dict()
-    if {name: w.shape for name, w in mixed.state_dict().items()} != {name: w.shape for name, w in theirs.items()}:
+    mixed, own, theirs = copy.deepcopy(student), student.state_dict(), teacher.state_dict()
+    if {name: w.shape for name, w in own.items()} != {name: w.shape for name, w in theirs.items()}:
         raise ValueError("teacher: its weights have other names or shapes than the student's; a path between two models needs one architecture")
     with torch.no_grad():
         for name, weight in mixed.state_dict().items():
-            weight.copy_(torch.lerp(theirs[name].to(weight), weight, share) if weight.is_floating_point() else weight)
+            if weight.is_floating_point():
+                weight.copy_(torch.lerp(theirs[name].to(weight), own[name], share))
     return mixed
 
 
@@ -131,6 +132,8 @@ def head_blindness(model: nn.Module, hidden: Float[Tensor, "rows d"], directions
     head, weight = lm_head_of(model), model.get_output_embeddings().weight
     if hidden.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden: has shape {tuple(hidden.shape)}; the head reads rows of width {weight.shape[1]}")
+    if weight.dtype.itemsize < 4:
+        raise ValueError(f"model: its head is in {weight.dtype}, whose rounding drowns what a small step changes; load it with dtype='float32'")
     centred = weight.double() - weight.double().mean(0)
     squares, vectors = (x.flip(-1) for x in torch.linalg.eigh(centred.T @ centred))
     singular = squares.clamp(min=0).sqrt()

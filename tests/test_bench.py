@@ -6,8 +6,27 @@ import pytest
 import torch
 
 from oprd_nb.bench import (
-    PAPER, SMOLLM2, TINY, BenchArguments, bench, bench_growth, bench_loss_path, bench_peaks, bench_ragged, cost_figure, growth_figure, load_bench, log_uniform, make_model, make_rollouts, methods_for, over_floor, save_bench,
-    shape_of, summary, target_bytes,
+    PAPER,
+    SMOLLM2,
+    TINY,
+    BenchArguments,
+    bench,
+    bench_growth,
+    bench_loss_path,
+    bench_peaks,
+    bench_ragged,
+    cost_figure,
+    growth_figure,
+    load_bench,
+    log_uniform,
+    make_model,
+    make_rollouts,
+    methods_for,
+    over_floor,
+    save_bench,
+    shape_of,
+    summary,
+    target_bytes,
 )
 
 

@@ -4,7 +4,14 @@ import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from oprd_nb.capture import FINAL, capture, capture_each, num_layers_of, position_ids_of

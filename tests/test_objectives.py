@@ -12,7 +12,16 @@ from oprd_nb.capture import FINAL, backbone_of, blocks_of, capture_each, lm_head
 from oprd_nb.core import Rollouts
 from oprd_nb.models import embedded
 from oprd_nb.objectives import (
-    FullKL, Objective, Representation, Rows, SampledTokenKL, TopKKL, as_objective, combine, loss_of, plan,
+    FullKL,
+    Objective,
+    Representation,
+    Rows,
+    SampledTokenKL,
+    TopKKL,
+    as_objective,
+    combine,
+    loss_of,
+    plan,
 )
 from oprd_nb.pairing import identity_pairs
 from oprd_nb.rollouts import HFSampler

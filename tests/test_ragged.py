@@ -32,7 +32,10 @@ def test_a_budget_of_nothing(budget):
 
 def ragged(side):
     torch.manual_seed(0)
-    ids = lambda n: torch.randint(4, 20, (n,)).tolist()
+
+    def ids(n):
+        return torch.randint(4, 20, (n,)).tolist()
+
     return Rollouts.from_ids([ids(n) for n in (9, 2, 5, 3)], [ids(n) for n in (1, 30, 4, 12)], 0, [[{"role": "user", "content": str(i)}] for i in range(4)], side)
 
 

@@ -1,7 +1,10 @@
 """The three theorems: exact sums beside estimates, what a head cannot see, and E(r) as the distance it is."""
+import copy
+
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from oprd_nb.core import set_seed
 from oprd_nb.models import embedded
@@ -9,7 +12,19 @@ from oprd_nb.objectives import FullKL, Representation, SampledTokenKL
 from oprd_nb.rollouts import HFSampler
 from oprd_nb.structure import Moments, planted_pair
 from oprd_nb.teachers import Teacher
-from oprd_nb.theory import between, blindness_figure, exponent, gradient_noise, head_blindness, noise_figure, rank_tradeoff, redrawn, signal_and_noise, symmetric_kl, tradeoff_figure
+from oprd_nb.theory import (
+    between,
+    blindness_figure,
+    exponent,
+    gradient_noise,
+    head_blindness,
+    noise_figure,
+    rank_tradeoff,
+    redrawn,
+    signal_and_noise,
+    symmetric_kl,
+    tradeoff_figure,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +75,9 @@ def test_the_ends_of_the_path_are_the_two_models(pair, rollouts):
     assert symmetric_kl(between(pair.student, pair.teacher, 0.0), pair.teacher, rollouts) == pytest.approx(0, abs=1e-8)
     same = between(pair.student, pair.teacher, 1.0).state_dict()
     assert all(torch.equal(w, same[name]) for name, w in pair.student.state_dict().items())
+    tied = [AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)) for _ in range(2)]
+    middle = between(*tied, 0.25)
+    assert middle.lm_head.weight is middle.model.embed_tokens.weight and torch.allclose(middle.lm_head.weight, 0.25 * tied[0].lm_head.weight + 0.75 * tied[1].lm_head.weight)
     wide = embedded("cross_architecture")
     with pytest.raises(ValueError, match="one architecture"):
         between(wide.student, wide.teacher, 0.5)
@@ -82,6 +100,8 @@ def test_a_head_is_blind_to_its_null_space(pair):
     assert len(fig.data[1].x) == 20 and "76 directions are not seen" in fig.layout.meta["subtitle"] and fig.data[1].y[0] == 1
     with pytest.raises(ValueError, match=r"shape \(20, 95\)"):
         head_blindness(pair.student, torch.randn(20, 95))
+    with pytest.raises(ValueError, match="bfloat16"):
+        head_blindness(copy.deepcopy(pair.student).bfloat16(), torch.randn(20, 96))
 
 
 def test_an_error_of_rank_is_a_distance():
