@@ -436,11 +436,11 @@ def test_vocabularies_padded_to_other_widths():
     assert torch.allclose(divergence(logits, certain), divergence(logits, torch.arange(6)), atol=1e-6)
 
 
-def test_a_student_in_bfloat16(wide):
-    half = embedded("cross_architecture")
-    student, teacher = half.student.bfloat16(), Teacher(half.teacher.bfloat16(), half.teacher_tokenizer)
-    for made in (fit_bridge(student, teacher, wide.rollouts, wide.tokenizer), fit_readout(student, teacher, wide.rollouts, wide.tokenizer, steps=30)):
-        loss, _ = loss_of(representation(made), student.requires_grad_(True), teacher, wide.rollouts, wide.tokenizer)
+def test_a_student_in_bfloat16():
+    half = Setting("cross_architecture", 48)
+    student, teacher = half.pair.student.bfloat16(), Teacher(half.pair.teacher.bfloat16(), half.pair.teacher_tokenizer)
+    for made in (fit_bridge(student, teacher, half.rollouts, half.tokenizer), fit_readout(student, teacher, half.rollouts, half.tokenizer, steps=30)):
+        loss, _ = loss_of(representation(made), student.requires_grad_(True), teacher, half.rollouts, half.tokenizer)
         assert loss.dtype == torch.float32 and torch.isfinite(loss)
         loss.backward()
 
