@@ -448,10 +448,10 @@ def loss_of(objective: "Term | Objective", student: nn.Module, teacher: Teacher,
     return loss, {name: (total / number).item() for name, (total, number) in metrics.items()}
 
 
-def loss_on_pairs(objective: Objective, student: nn.Module, teacher: Teacher, rollouts: Rollouts, pairs: Pairs,
-                  counts: Float[Tensor, "terms"]) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]]]:
-    """One pass of the teacher, one of the student, and what `combine` makes of them; `pairs` is what the teacher reads of `rollouts`."""
+def loss_on_pairs(objective: Objective, student: nn.Module, teacher: Teacher, rollouts: Rollouts, pairs: Pairs, counts: Float[Tensor, "terms"],
+                  next_ids: Int[Tensor, "batch time"] | None = None) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]]]:
+    """One pass of the teacher, one of the student, and what `combine` makes of them; `pairs` is what the teacher reads of `rollouts`. The tokens that follow each prefix are the rollouts' own, or those of `next_ids`."""
     wanted = plan(objective, pairs, num_layers_of(student), num_layers_of(teacher.model))
     theirs = teacher.capture(pairs, wanted.teacher_rows, objective.final_norm, wanted.keep)
     ours = capture_each(student, rollouts.input_ids, rollouts.attention_mask, wanted.student, objective.final_norm)
-    return combine(objective, wanted, ours, theirs, (lm_head_of(student), lm_head_of(teacher.model)), rollouts.input_ids, counts)
+    return combine(objective, wanted, ours, theirs, (lm_head_of(student), lm_head_of(teacher.model)), rollouts.input_ids if next_ids is None else next_ids, counts)
