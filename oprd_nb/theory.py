@@ -155,11 +155,11 @@ def head_blindness(model: nn.Module, hidden: Float[Tensor, "rows d"], directions
 def blindness_figure(table: pd.DataFrame) -> go.Figure:
     """Blindness of a head by direction, measured (points) and as the singular values predict it (line), as multiples of the first direction's; the null space is not drawn but counted."""
     seen, null = table[table.singular_value > 0], int((table.singular_value == 0).sum())
-    fig = canvas("How far a state may move before the head notices", "squared length of a step at equal KL, beside the first direction's" + f" · {null} directions are not seen at all" * (null > 0),
+    fig = canvas("How far a state may move before the head notices", "squared step at equal KL, beside direction 1" + f" · {null} directions are not seen at all" * (null > 0),
                  "right-singular direction of the head", "multiple of direction 1")
     fig.add_scatter(x=seen.direction, y=seen.predicted / seen.predicted.iloc[0], name="(σ₁/σᵢ)²", mode="lines", line=dict(color=OKABE_ITO["black"], width=1.5, dash="dot"))
     fig.add_scatter(x=seen.direction, y=seen.blindness / seen.blindness.iloc[0], name="measured", mode="markers", marker=dict(color=OKABE_ITO["blue"], size=7))
-    return fig.update_yaxes(type="log", exponentformat="power")
+    return fig.update_yaxes(type="log", exponentformat="power").update_layout(width=620)
 
 # %% ../nbs/40_theory.ipynb #0000001b
 def rank_tradeoff(moments: Moments, layer_pair: LayerPair, heldout: Heldout, ridge: float | None = None) -> pd.DataFrame:
