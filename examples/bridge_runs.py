@@ -12,6 +12,7 @@ Three tables: `<out>_sweep.csv` and `<out>_final.csv` (method, learning_rate, se
 (share of the student's tokens by byte offset into the teacher's next token). Rows are added as runs end; what a table already holds is not run again. A
 student that comes to write what the teacher cannot read counts as 0.
 """
+
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,7 +26,17 @@ import pandas as pd  # noqa: E402
 from sweep import GRID, beyond_edge  # noqa: E402
 
 METHODS = {
-    "cross_architecture": ["opd-full", "readout", "bridge-8", "bridge-8>opd-full", "opd-full>bridge-8", "bridge-auto", "bridge-32", "bridge-4", "readout-directions"],
+    "cross_architecture": [
+        "opd-full",
+        "readout",
+        "bridge-8",
+        "bridge-8>opd-full",
+        "opd-full>bridge-8",
+        "bridge-auto",
+        "bridge-32",
+        "bridge-4",
+        "readout-directions",
+    ],
     "cross_tokenizer": ["readout", "readout-boundaries", "bridge-4-ids"],
 }
 """`-directions` compares unit vectors in place of states with their length; `-boundaries` supervises shared byte boundaries only; `-ids` is the reference's way across tokenizers: the teacher is fed the student's ids."""
@@ -43,70 +54,112 @@ def bridge_for(stage: str, pair, seed: int):
     """The bridge a stage needs, fitted to the student as it is now; None for output-space methods."""
     from dataclasses import replace
 
-    from oprd_nb.bridge_report import BridgeArguments, fit_for
-    from oprd_nb.readout import ReadoutBridge
+    from oprd_nb.bridge.readout import ReadoutBridge
+    from oprd_nb.plots.bridge_page import BridgeArguments, fit_for
     from oprd_nb.teachers import Teacher
 
     kind, *options = stage.split("-")
     if kind == "opd":
         return None
-    asked = BridgeArguments("student", "teacher", kind="pca" if kind == "bridge" else "readout", rank=options[0] if kind == "bridge" else "8", positions="all",
-                            max_new_tokens=40, seed=seed)
-    fitted = fit_for(asked, pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), pair.tokenizer, pair.task.train["prompt"][:1024])
+    asked = BridgeArguments(
+        "student",
+        "teacher",
+        kind="pca" if kind == "bridge" else "readout",
+        rank=options[0] if kind == "bridge" else "8",
+        positions="all",
+        max_new_tokens=40,
+        seed=seed,
+    )
+    fitted = fit_for(
+        asked,
+        pair.student,
+        Teacher(pair.teacher, pair.teacher_tokenizer),
+        pair.tokenizer,
+        pair.task.train["prompt"][:1024],
+    )
     if "boundaries" not in options:
         return fitted
-    return ReadoutBridge(replace(fitted.header, offsets=(0,), scores=fitted.header.scores[:1]), {name: tensor[:1] for name, tensor in fitted.tensors.items()})
+    return ReadoutBridge(
+        replace(fitted.header, offsets=(0,), scores=fitted.header.scores[:1]),
+        {name: tensor[:1] for name, tensor in fitted.tensors.items()},
+    )
 
 
 def scores_of(bridge) -> dict[str, float]:
     """What a bridge scored on held-out responses, mean over its layers or offsets."""
-    kept = bridge.scores if "rank" not in bridge.scores else bridge.scores[bridge.scores["rank"] == bridge.rank]
+    kept = (
+        bridge.scores if "rank" not in bridge.scores else bridge.scores[bridge.scores["rank"] == bridge.rank]
+    )
     names = [name for name in ("rank", "cosine", "r2", "student", "ridge", "fitted") if name in kept]
     return kept[names].mean().add_prefix("heldout_").to_dict() | {"fitted_coverage": bridge.header.coverage}
 
 
 def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: int, split: str) -> dict:
     """Train once, stage by stage, and measure the student before and after on `split`."""
-    from oprd_nb.cli import accuracy_of, embedded_config, quiet
-    from oprd_nb.distil import METHODS as PLAIN
-    from oprd_nb.distil import distil, through
-    from oprd_nb.models import embedded
-    from oprd_nb.objectives import as_objective
-    from oprd_nb.tasks import Task
+    from oprd_nb.cli.commands import accuracy_of, embedded_config, quiet
+    from oprd_nb.models.pairs import embedded
+    from oprd_nb.objectives.terms import as_objective
+    from oprd_nb.tasks.problems import Task
+    from oprd_nb.training.experiment import METHODS as PLAIN
+    from oprd_nb.training.experiment import bridge_term, distil
 
     quiet()
     pair, stages, results, scores = embedded(pair_name), method.split(">"), [], {}
-    row = dict(pair=pair_name, method=method, learning_rate=rates[0], later_rate=rates[-1], seed=seed, steps=steps, split=split)
+    row = dict(
+        pair=pair_name,
+        method=method,
+        learning_rate=rates[0],
+        later_rate=rates[-1],
+        seed=seed,
+        steps=steps,
+        split=split,
+    )
     pair.task = Task(pair.task.name, train=pair.task.train, test=getattr(pair.task, split))
     if method.endswith("-ids"):
         pair.teacher_tokenizer = pair.tokenizer
     for i, (stage, rate) in enumerate(zip(stages, rates, strict=True)):
         bridge = bridge_for(stage, pair, seed)
         scores |= scores_of(bridge) if bridge is not None else {}
-        term = bridge and through(bridge, positions="all", distance="normalized_mse" if stage.endswith("-directions") else None)
+        term = bridge and bridge_term(
+            bridge, positions="all", distance="normalized_mse" if stage.endswith("-directions") else None
+        )
         objective = as_objective(term) if bridge else PLAIN[stage]()
         pair.student.requires_grad_(True)
         with TemporaryDirectory() as folder:
-            config = embedded_config(Path(folder), rate, steps // len(stages), seed + 1000 * i, eval_steps=steps)
+            config = embedded_config(
+                Path(folder), rate, steps // len(stages), seed + 1000 * i, eval_steps=steps
+            )
             config.eval_strategy, config.eval_on_start, config.disable_tqdm = "no", False, True
             try:
                 results.append(distil(pair, objective, config, {"method": method}, held_out=500))
             except ValueError as error:
                 if "min_coverage" not in str(error):
                     raise
-                return row | dict(before=float("nan"), accuracy=0.0, coverage=0.0) | scores  # a student that writes nothing the teacher could read
+                return (
+                    row | dict(before=float("nan"), accuracy=0.0, coverage=0.0) | scores
+                )  # a student that writes nothing the teacher could read
             coverage = pd.read_json(f"{folder}/metrics.jsonl", lines=True)["pairing/coverage"].mean()
-    return row | dict(before=accuracy_of(results[0]["before"]), accuracy=accuracy_of(results[-1]["after"]), coverage=coverage) | scores
+    return (
+        row
+        | dict(
+            before=accuracy_of(results[0]["before"]),
+            accuracy=accuracy_of(results[-1]["after"]),
+            coverage=coverage,
+        )
+        | scores
+    )
 
 
 def coverage_table(pair_name: str, prompts: int = 1024) -> pd.DataFrame:
     """Share of the student's tokens at each byte offset, and without a teacher row, on its own rollouts."""
-    from oprd_nb.models import embedded
-    from oprd_nb.rollouts import HFSampler
+    from oprd_nb.models.pairs import embedded
+    from oprd_nb.rollouts.samplers import HFSampler
     from oprd_nb.teachers import Teacher
 
     pair = embedded(pair_name)
-    rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:prompts], max_new_tokens=40)
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.train["prompt"][:prompts], max_new_tokens=40
+    )
     pairs = Teacher(pair.teacher, pair.teacher_tokenizer).read(rollouts, pair.tokenizer)
     shares = pairs.coverage_by_offset() | {"none": 1 - pairs.coverage}
     return pd.DataFrame({"pair": pair_name, "offset": list(shares), "share": list(shares.values())})
@@ -119,7 +172,12 @@ def run_missing(pool, path: Path, jobs: list[tuple]) -> pd.DataFrame:
     missing = [job for job in jobs if (job[1], job[2][0], job[2][-1], *job[3:]) not in known]
     for done in as_completed([pool.submit(one_run, *job) for job in missing]):
         row = done.result()
-        print("{method:20} lr {learning_rate:.0e} seed {seed} {split}: {before:.1%} -> {accuracy:.1%}".format(**row), flush=True)
+        print(
+            "{method:20} lr {learning_rate:.0e} seed {seed} {split}: {before:.1%} -> {accuracy:.1%}".format(
+                **row
+            ),
+            flush=True,
+        )
         table = pd.concat([table, pd.DataFrame([row])], ignore_index=True).sort_values(KEY, ignore_index=True)
         table.to_csv(path, index=False, float_format="%.4g")
     return table
@@ -129,8 +187,15 @@ def sweep(pool, path: Path, pair: str, methods: list[str], steps: int) -> pd.Dat
     """Validation accuracy of every method on the grid, grown where its best lies on the edge."""
     rates = {method: list(GRID) for method in methods}
     while True:
-        table = run_missing(pool, path, [(pair, method, [rate], 0, steps // 3 if method == "bridge-8" else steps, "validation")
-                                         for method, grid in rates.items() for rate in grid])
+        table = run_missing(
+            pool,
+            path,
+            [
+                (pair, method, [rate], 0, steps // 3 if method == "bridge-8" else steps, "validation")
+                for method, grid in rates.items()
+                for rate in grid
+            ],
+        )
         edges = {method: beyond_edge(table[table.method == method]) for method in methods}
         if not any(edges.values()):
             return table
@@ -139,7 +204,9 @@ def sweep(pool, path: Path, pair: str, methods: list[str], steps: int) -> pd.Dat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", default="cross_architecture", choices=METHODS)
     parser.add_argument("--methods", nargs="+", help="by default all of the pair")
     parser.add_argument("--steps", type=int, default=600)
@@ -155,7 +222,11 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         table = sweep(pool, Path(f"{args.out}_sweep.csv"), args.pair, stages, args.steps)
         best = table.loc[table.groupby("method").accuracy.idxmax()].set_index("method").learning_rate
-        final = [(args.pair, m, [float(best[swept(stage)]) for stage in m.split(">")], seed, args.steps, "test") for m in methods for seed in args.seeds]
+        final = [
+            (args.pair, m, [float(best[swept(stage)]) for stage in m.split(">")], seed, args.steps, "test")
+            for m in methods
+            for seed in args.seeds
+        ]
         run_missing(pool, Path(f"{args.out}_final.csv"), final)
 
 

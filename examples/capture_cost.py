@@ -5,6 +5,7 @@
 Times: interleaved rounds in one process, medians, as ratios to the bare backbone's forward pass. Memory: each way in processes of its own,
 medians; the extra peak of resident memory over the bare backbone's, as a ratio to that of `output_hidden_states=True`.
 """
+
 import argparse
 import json
 import os
@@ -18,9 +19,9 @@ os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch  # noqa: E402
 
-from oprd_nb.capture import backbone_of, capture, num_layers_of  # noqa: E402
-from oprd_nb.core import RETURN_MEMORY, Positions, measured, set_seed  # noqa: E402
-from oprd_nb.models import load_model  # noqa: E402
+from oprd_nb.capture import backbone_of, capture, num_layers_of
+from oprd_nb.core import RETURN_MEMORY, Positions, measured, set_seed
+from oprd_nb.models.loading import load_model
 
 
 def ways(model, time: int):
@@ -33,7 +34,9 @@ def ways(model, time: int):
     return {
         "backbone": lambda: backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False),
         "capture": lambda: capture(model, ids, mask, rows, layers),
-        "output_hidden_states": lambda: backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False, output_hidden_states=True),
+        "output_hidden_states": lambda: backbone(
+            input_ids=ids, attention_mask=mask.long(), use_cache=False, output_hidden_states=True
+        ),
     }
 
 
@@ -73,11 +76,17 @@ def peak(name: str, time: int) -> int:
 def peak_of_a_process(name: str, time: int) -> int:
     """`peak`, measured in a fresh process."""
     command = [sys.executable, __file__, "--peak", name, str(time)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | RETURN_MEMORY).stdout)
+    return int(
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | RETURN_MEMORY
+        ).stdout
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default="nbs/results/capture_cost.json")
     parser.add_argument("--peak", nargs=2, help="(internal) print the peak of one way at one length")
@@ -85,12 +94,21 @@ def main() -> None:
     if args.peak:
         print(peak(args.peak[0], int(args.peak[1])))
         return
-    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "rounds": args.rounds}
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "rounds": args.rounds,
+    }
     for time in (1088, 4096):
-        every = {name: [peak_of_a_process(name, time) for _ in range(3)] for name in ("backbone", "capture", "output_hidden_states")}
+        every = {
+            name: [peak_of_a_process(name, time) for _ in range(3)]
+            for name in ("backbone", "capture", "output_hidden_states")
+        }
         peaks = {name: statistics.median(values) for name, values in every.items()}
         extra = {name: peaks[name] - peaks["backbone"] for name in ("capture", "output_hidden_states")}
-        result[f"T={time}"] = {"peak_bytes": every, "extra_memory_ratio": extra["capture"] / extra["output_hidden_states"]}
+        result[f"T={time}"] = {
+            "peak_bytes": every,
+            "extra_memory_ratio": extra["capture"] / extra["output_hidden_states"],
+        }
     took = seconds(1088, args.rounds)
     result["T=1088"] |= {"seconds": took, "time_ratio": took["capture"] / took["backbone"]}
     Path(args.out).write_text(json.dumps(result, indent=1))

@@ -6,6 +6,7 @@ Every method runs on the same grid of learning rates; where its best lies on the
 made on the validation split with seed 0; the numbers to quote come from the test split with seeds 1 to 3. Two tables are written:
 `<out>_sweep.csv` (method, learning_rate, accuracy) and `<out>_final.csv` (method, learning_rate, seed, accuracy, before, seconds).
 """
+
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +24,10 @@ GRID = LADDER[4:9]
 
 def one_run(pair_name: str, method: str, learning_rate: float, seed: int, steps: int, split: str) -> dict:
     """Train once and measure the student before and after on `split`."""
-    from oprd_nb.cli import accuracy_of, embedded_config, embedded_objective, quiet
-    from oprd_nb.distil import distil
-    from oprd_nb.models import embedded
-    from oprd_nb.tasks import Task
+    from oprd_nb.cli.commands import accuracy_of, embedded_config, embedded_objective, quiet
+    from oprd_nb.models.pairs import embedded
+    from oprd_nb.tasks.problems import Task
+    from oprd_nb.training.experiment import distil
 
     quiet()
     pair = embedded(pair_name)
@@ -36,9 +37,23 @@ def one_run(pair_name: str, method: str, learning_rate: float, seed: int, steps:
         config.eval_strategy, config.eval_on_start, config.disable_tqdm = "no", False, True
         results = distil(pair, embedded_objective(method), config, {"method": method}, held_out=500)
         seconds = pd.read_json(f"{folder}/metrics.jsonl", lines=True)["seconds"].max()
-    row = dict(pair=pair_name, method=method, learning_rate=learning_rate, seed=seed, steps=steps, split=split,
-               before=accuracy_of(results["before"]), accuracy=accuracy_of(results["after"]), seconds=seconds)
-    print("{method:12} lr {learning_rate:.0e} seed {seed} {split}: {before:.1%} -> {accuracy:.1%} in {seconds:.0f} s".format(**row), flush=True)
+    row = dict(
+        pair=pair_name,
+        method=method,
+        learning_rate=learning_rate,
+        seed=seed,
+        steps=steps,
+        split=split,
+        before=accuracy_of(results["before"]),
+        accuracy=accuracy_of(results["after"]),
+        seconds=seconds,
+    )
+    print(
+        "{method:12} lr {learning_rate:.0e} seed {seed} {split}: {before:.1%} -> {accuracy:.1%} in {seconds:.0f} s".format(
+            **row
+        ),
+        flush=True,
+    )
     return row
 
 
@@ -52,7 +67,9 @@ def beyond_edge(rows: pd.DataFrame) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", default="same")
     parser.add_argument("--methods", nargs="+", default=["oprd", "opd-full", "opd-sampled"])
     parser.add_argument("--steps", type=int, default=200)
@@ -65,13 +82,22 @@ def main() -> None:
         jobs = [(method, rate) for method in args.methods for rate in GRID]
         rows = []
         while jobs:
-            rows += pool.map(one_run, *zip(*[(args.pair, m, lr, 0, args.steps, "validation") for m, lr in jobs], strict=True))
+            rows += pool.map(
+                one_run,
+                *zip(*[(args.pair, m, lr, 0, args.steps, "validation") for m, lr in jobs], strict=True),
+            )
             sweep = pd.DataFrame(rows).sort_values(["method", "learning_rate"])
             sweep.to_csv(f"{args.out}_sweep.csv", index=False, float_format="%.4g")
             jobs = [(m, lr) for m, table in sweep.groupby("method") if (lr := beyond_edge(table)) is not None]
         best = sweep.loc[sweep.groupby("method").accuracy.idxmax(), ["method", "learning_rate"]]
-        final = [(args.pair, m, lr, seed, args.steps, "test") for m, lr in best.itertuples(index=False) for seed in args.seeds]
-        pd.DataFrame(pool.map(one_run, *zip(*final, strict=True))).to_csv(f"{args.out}_final.csv", index=False, float_format="%.4g")
+        final = [
+            (args.pair, m, lr, seed, args.steps, "test")
+            for m, lr in best.itertuples(index=False)
+            for seed in args.seeds
+        ]
+        pd.DataFrame(pool.map(one_run, *zip(*final, strict=True))).to_csv(
+            f"{args.out}_final.csv", index=False, float_format="%.4g"
+        )
 
 
 if __name__ == "__main__":

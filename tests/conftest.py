@@ -1,4 +1,5 @@
 """Shared fixtures."""
+
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oprd_nb.models import embedded
+from oprd_nb.models.pairs import embedded
 
 torch.set_num_threads(1)
 
@@ -28,8 +29,18 @@ def pytest_collection_modifyitems(config, items):
 def tiny_qwen3(seed=0, vocab_size=40, layers=3, width=32, tie=False):
     """A random Qwen3 small enough to differentiate by hand."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                                        num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, tie_word_embeddings=tie)).eval()
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=width // 4,
+            tie_word_embeddings=tie,
+        )
+    ).eval()
 
 
 @pytest.fixture

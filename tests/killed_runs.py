@@ -2,6 +2,7 @@
 
 usage: killed_runs.py FOLDER KILL ...   where KILL is PLACE:STEP, e.g. rollout:3, backward:1, optimizer:4; full:4 is a disk that fills up
 """
+
 import json
 import os
 import resource
@@ -19,13 +20,15 @@ import transformers
 from peft import LoraConfig
 from trl import DistillationTrainer
 
-import oprd_nb.training
-from oprd_nb.checkpoints import checkpoints_of, flaw_of
-from oprd_nb.models import embedded
-from oprd_nb.objectives import FullKL, Representation, as_objective
-from oprd_nb.run_folder import read_lines
+import oprd_nb.training.trainer
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.output_space import FullKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.objectives.terms import as_objective
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.training.callbacks import read_jsonl
+from oprd_nb.training.checkpoints import checkpoint_problem, checkpoints_of
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
 STEPS, SAVED_EVERY = 6, 2
 PASSING = ("time/", "memory/", "seconds", "step_time")
@@ -46,7 +49,9 @@ def arm_model(trainer, place: str, step: int) -> None:
             die()
 
     if place == "rollout":
-        trainer.model.get_output_embeddings().register_forward_hook(count)  # training reads the head's weight, generation calls the head
+        trainer.model.get_output_embeddings().register_forward_hook(
+            count
+        )  # training reads the head's weight, generation calls the head
     else:
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         trained[len(trained) // 2].register_hook(count)
@@ -54,13 +59,16 @@ def arm_model(trainer, place: str, step: int) -> None:
 
 def arm_file(trainer, place: str, step: int) -> None:
     """Die in the middle of writing one file of checkpoint-`step`, or between its last file and its seal."""
+
     def torn(write, name=""):
         """`write`, whose second argument is a path; a file called `name` of this step is cut in half before death."""
+
         def call(content, path, *args, **options):
             write(content, path, *args, **options)
             if trainer.state.global_step == step and str(path).endswith(name):
                 os.truncate(path, os.path.getsize(path) // 2)
                 die()
+
         return call
 
     if place == "weights":
@@ -74,14 +82,18 @@ def arm_file(trainer, place: str, step: int) -> None:
         write = DistillationTrainer._save_checkpoint
 
         def filling(self, *args):
-            if self.state.global_step == step:  # no file may grow beyond a third of the weights: what a full disk does to them
+            if (
+                self.state.global_step == step
+            ):  # no file may grow beyond a third of the weights: what a full disk does to them
                 resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
             return write(self, *args)
 
         DistillationTrainer._save_checkpoint = filling
     else:
-        seal = oprd_nb.training.seal
-        oprd_nb.training.seal = lambda folder: die() if trainer.state.global_step == step else seal(folder)
+        seal = oprd_nb.training.trainer.write_manifest
+        oprd_nb.training.trainer.write_manifest = lambda folder: (
+            die() if trainer.state.global_step == step else seal(folder)
+        )
 
 
 def run(folder: Path, kill: str | None = None, resume: bool = False, lora: bool = False) -> None:
@@ -91,13 +103,36 @@ def run(folder: Path, kill: str | None = None, resume: bool = False, lora: bool 
     """
     torch.set_num_threads(1)
     pair = embedded("same")
-    args = OPRDConfig(str(folder), learning_rate=1e-3, max_steps=STEPS, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=2,
-                      max_completion_length=24, bf16=False, gradient_checkpointing=False, save_strategy="steps", save_steps=SAVED_EVERY, save_total_limit=2,
-                      eval_strategy="steps", eval_steps=SAVED_EVERY, eval_on_start=True, disable_tqdm=True, use_cpu=True, report_to="none")
-    trainer = OPRDTrainer(model=pair.student, teacher=Teacher(pair.teacher, pair.tokenizer), args=args,
-                          objective=as_objective(Representation("2")) if lora else FullKL() + Representation("2"),
-                          train_dataset=pair.task.train.select(range(12)), eval_dataset=pair.task.validation.select(range(8)), processing_class=pair.tokenizer,
-                          peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None)
+    args = OPRDConfig(
+        str(folder),
+        learning_rate=1e-3,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+        max_completion_length=24,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="steps",
+        save_steps=SAVED_EVERY,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=SAVED_EVERY,
+        eval_on_start=True,
+        disable_tqdm=True,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = OPRDTrainer(
+        model=pair.student,
+        teacher=Teacher(pair.teacher, pair.tokenizer),
+        args=args,
+        objective=as_objective(Representation("2")) if lora else FullKL() + Representation("2"),
+        train_dataset=pair.task.train.select(range(12)),
+        eval_dataset=pair.task.validation.select(range(8)),
+        processing_class=pair.tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
+    )
     if kill:
         place, step = kill.split(":")
         (arm_model if place in ("rollout", "backward") else arm_file)(trainer, place, int(step))
@@ -123,7 +158,10 @@ def forked(**options) -> int:
 
 def lasting(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what differs from run to run."""
-    return [{name: value for name, value in line.items() if not name.startswith(PASSING)} for line in read_lines(folder / "metrics.jsonl")]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(PASSING)}
+        for line in read_jsonl(folder / "metrics.jsonl")
+    ]
 
 
 def main(out: Path, kills: list[str]) -> dict:
@@ -131,18 +169,31 @@ def main(out: Path, kills: list[str]) -> dict:
     results = {}
     for lora in sorted({kill.startswith("lora-") for kill in kills}):
         whole = out / f"whole-{lora}"
-        status = {"again": forked(folder=whole, lora=lora), "after the end": forked(folder=whole, lora=lora, resume=True)}
+        status = {
+            "again": forked(folder=whole, lora=lora),
+            "after the end": forked(folder=whole, lora=lora, resume=True),
+        }
         wanted, lines = torch.load(whole / "final.pt"), lasting(whole)
         for kill in (kill for kill in kills if kill.startswith("lora-") == lora):
             folder = out / kill.replace(":", "-")
             died = forked(folder=folder, kill=kill.removeprefix("lora-"), lora=lora)
             said = (folder / "error").read_text() if (folder / "error").exists() else ""
-            left = {path.name: flaw_of(path) for path in checkpoints_of(folder)}
+            left = {path.name: checkpoint_problem(path) for path in checkpoints_of(folder)}
             resumed = forked(folder=folder, resume=True, lora=lora)
             final = torch.load(folder / "final.pt")
-            results[kill] = {"whole": status, "died": died, "said": said, "left": left, "resumed": resumed, "from": int((folder / "resumed_from").read_text()),
-                             "apart": max((final[name] - wanted[name]).abs().max().item() for name in wanted), "bitwise": all(final[n].equal(wanted[n]) for n in wanted),
-                             "metrics": lasting(folder) == lines, "lines": len(lines), "checkpoints": [flaw_of(path) for path in checkpoints_of(folder)]}
+            results[kill] = {
+                "whole": status,
+                "died": died,
+                "said": said,
+                "left": left,
+                "resumed": resumed,
+                "from": int((folder / "resumed_from").read_text()),
+                "apart": max((final[name] - wanted[name]).abs().max().item() for name in wanted),
+                "bitwise": all(final[n].equal(wanted[n]) for n in wanted),
+                "metrics": lasting(folder) == lines,
+                "lines": len(lines),
+                "checkpoints": [checkpoint_problem(path) for path in checkpoints_of(folder)],
+            }
     return results
 
 

@@ -1,4 +1,5 @@
 """Both bridges: exact where they must be, refused where they do not fit, frozen whatever trains, and better than what they start from."""
+
 import subprocess
 import sys
 import textwrap
@@ -14,19 +15,23 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_objectives import tiny_gpt2
 
-from oprd_nb.bridge import Bridge, collect_moments, fit_bridge, load_bridge
+from oprd_nb.bridge.base import HELD_OUT, BridgeMetadata, ModelSpec, spec_of
+from oprd_nb.bridge.pca import Bridge, collect_moments, fit_bridge, load_bridge
+from oprd_nb.bridge.readout import ReadoutBridge, divergence, fit_readout, readout_rows, retokenize
 from oprd_nb.capture import FINAL, capture_each, lm_head_of
 from oprd_nb.core import Rollouts
-from oprd_nb.frozen import HELD_OUT, Header, Side, side_of
-from oprd_nb.models import embedded
-from oprd_nb.objectives import FullKL, Representation, SampledTokenKL, as_objective, combine, loss_of, plan
-from oprd_nb.pairing import identity_pairs
-from oprd_nb.probing import held_out_responses
-from oprd_nb.readout import ReadoutBridge, divergence, fit_readout, readout_rows, retokenized
-from oprd_nb.rollouts import HFSampler
-from oprd_nb.structure import Moments, fit_sgd
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.objective import combine, loss_of, plan
+from oprd_nb.objectives.output_space import FullKL, SampledTokenKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.objectives.terms import as_objective
+from oprd_nb.pairing.positions import identity_pairs
+from oprd_nb.probing.states import split_by_response
+from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.structure.moments import Moments
+from oprd_nb.structure.ranks import fit_sgd
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
 
@@ -51,8 +56,10 @@ def wide():
 @pytest.fixture(scope="module")
 def tokens():
     setting = Setting("cross_tokenizer", 256)
-    written = HFSampler(setting.teacher.model, setting.teacher.tokenizer).sample(setting.pair.task.train["prompt"][:256], max_new_tokens=40)
-    setting.text = retokenized(written, setting.teacher.tokenizer, setting.tokenizer)
+    written = HFSampler(setting.teacher.model, setting.teacher.tokenizer).sample(
+        setting.pair.task.train["prompt"][:256], max_new_tokens=40
+    )
+    setting.text = retokenize(written, setting.teacher.tokenizer, setting.tokenizer)
     return setting
 
 
@@ -74,7 +81,9 @@ def by_offset(tokens):
 def gaussian(rows=200, d_student=6, d_teacher=7, seed=0):
     g = torch.Generator().manual_seed(seed)
     student = torch.randn(rows, d_student, generator=g, dtype=torch.float64)
-    return student, student @ torch.randn(d_student, d_teacher, generator=g, dtype=torch.float64) + 3 + torch.randn(rows, d_teacher, generator=g, dtype=torch.float64)
+    return student, student @ torch.randn(
+        d_student, d_teacher, generator=g, dtype=torch.float64
+    ) + 3 + torch.randn(rows, d_teacher, generator=g, dtype=torch.float64)
 
 
 def seen(student, teacher, pair=(2, 3)):
@@ -86,11 +95,20 @@ def seen(student, teacher, pair=(2, 3)):
 def readout_of(width=3, offsets=(0, 1), depth=4, d_teacher=5):
     """A readout with random maps."""
     g = torch.Generator().manual_seed(0)
-    header = Header([(depth, FINAL)], Side(width), Side(d_teacher), width, "by hand", 10, offsets)
-    return ReadoutBridge(header, {"weight": torch.randn(len(offsets), width, d_teacher, generator=g), "bias": torch.randn(len(offsets), width, generator=g)})
+    header = BridgeMetadata(
+        [(depth, FINAL)], ModelSpec(width), ModelSpec(d_teacher), width, "by hand", 10, offsets
+    )
+    return ReadoutBridge(
+        header,
+        {
+            "weight": torch.randn(len(offsets), width, d_teacher, generator=g),
+            "bias": torch.randn(len(offsets), width, generator=g),
+        },
+    )
 
 
 # exact where they must be
+
 
 @pytest.mark.parametrize("final_norm, layers", [(True, [1, 2]), (False, [1, 2, 3])])
 def test_a_student_that_is_its_teacher_has_its_coordinates_and_no_loss(final_norm, layers):
@@ -100,7 +118,13 @@ def test_a_student_that_is_its_teacher_has_its_coordinates_and_no_loss(final_nor
     rollouts = Rollouts.from_ids([row[:5] for row in ids], [row[5:] for row in ids], 0)
     pairs = identity_pairs(rollouts)
     with torch.no_grad():
-        states = capture_each(model, rollouts.input_ids, rollouts.attention_mask, dict.fromkeys(layers, rollouts.response_mask), final_norm)
+        states = capture_each(
+            model,
+            rollouts.input_ids,
+            rollouts.attention_mask,
+            dict.fromkeys(layers, rollouts.response_mask),
+            final_norm,
+        )
     moments = Moments([(layer, layer) for layer in layers], 32, 32)
     for layer in layers:
         moments.update((layer, layer), states[layer], states[layer])
@@ -109,10 +133,19 @@ def test_a_student_that_is_its_teacher_has_its_coordinates_and_no_loss(final_nor
         ours, theirs = made.project_student(layer, states[layer]), made.project_teacher(layer, states[layer])
         assert ours.dtype == torch.float64 and (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
     for distance in ("mse", "normalized_mse", "cosine"):
-        objective = as_objective(Representation(layers=layers, positions="all", distance=distance, bridge=made, final_norm=final_norm))
+        objective = as_objective(
+            Representation(
+                layers=layers, positions="all", distance=distance, bridge=made, final_norm=final_norm
+            )
+        )
         wanted = plan(objective, pairs, 3, 3)
-        ours, theirs = (capture_each(model, rollouts.input_ids, rollouts.attention_mask, rows, final_norm) for rows in (wanted.student, wanted.teacher_rows))
-        loss, _ = combine(objective, wanted, ours, theirs, (None, None), rollouts.input_ids, objective.counts(pairs))
+        ours, theirs = (
+            capture_each(model, rollouts.input_ids, rollouts.attention_mask, rows, final_norm)
+            for rows in (wanted.student, wanted.teacher_rows)
+        )
+        loss, _ = combine(
+            objective, wanted, ours, theirs, (None, None), rollouts.input_ids, objective.counts(pairs)
+        )
         assert abs(loss.item()) <= 1e-10
 
 
@@ -124,7 +157,9 @@ def test_a_smaller_rank_is_the_first_rows(rank, seed, ridge):
     full, small = Bridge.fit(moments, 7, ridge), Bridge.fit(moments, rank, ridge)
     for name, tensor in full.cut(rank).tensors.items():
         assert torch.allclose(tensor, small.tensors[name], atol=1e-12)
-    assert torch.allclose(full.project_student(2, student)[:, :rank], small.project_student(2, student), atol=1e-10)
+    assert torch.allclose(
+        full.project_student(2, student)[:, :rank], small.project_student(2, student), atol=1e-10
+    )
 
 
 def test_projections_are_eq_13_written_out():
@@ -136,13 +171,21 @@ def test_projections_are_eq_13_written_out():
     theirs = made.project_teacher(2, teacher)
     assert torch.allclose(theirs.abs(), z.abs(), atol=1e-8)  # an eigenvector's sign is free
     one = torch.cat([student, torch.ones(len(student), 1)], 1)
-    assert torch.allclose(made.project_student(2, student), one @ torch.linalg.lstsq(one, theirs).solution, atol=1e-8)
+    assert torch.allclose(
+        made.project_student(2, student), one @ torch.linalg.lstsq(one, theirs).solution, atol=1e-8
+    )
 
 
 def test_the_recipe_is_an_option_and_has_no_bias():
     student, teacher = gaussian()
-    made = Bridge.fit(seen(student, teacher), 3, sgd_rows={(2, 3): (student, teacher)}, heldout={(2, 3): gaussian(50)})
-    assert made.header.recipe == "sgd" and not made.tensors["2.student.mean"].any() and list(made.scores["rank"]) == [1, 2, 3]
+    made = Bridge.fit(
+        seen(student, teacher), 3, sgd_rows={(2, 3): (student, teacher)}, heldout={(2, 3): gaussian(50)}
+    )
+    assert (
+        made.header.recipe == "sgd"
+        and not made.tensors["2.student.mean"].any()
+        and list(made.scores["rank"]) == [1, 2, 3]
+    )
     alone = fit_sgd(student, made.project_teacher(2, teacher))
     assert torch.equal(made.tensors["2.student.weight"], alone)
 
@@ -150,12 +193,17 @@ def test_the_recipe_is_an_option_and_has_no_bias():
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from([0, 1, 4]), min_size=0, max_size=12))
 def test_each_row_is_mapped_by_its_own_offset(offsets):
-    made, rows = readout_of(offsets=(0, 1, 4)), torch.randn(len(offsets), 5, generator=torch.Generator().manual_seed(1))
+    made, rows = (
+        readout_of(offsets=(0, 1, 4)),
+        torch.randn(len(offsets), 5, generator=torch.Generator().manual_seed(1)),
+    )
     together = made.project_teacher(4, rows, torch.tensor(offsets, dtype=torch.long))
     for row, offset, state in zip(rows, offsets, together, strict=True):
         i = made.offsets.index(offset)
         assert torch.allclose(state, made.tensors["weight"][i] @ row + made.tensors["bias"][i], atol=1e-6)
-    assert made.max_offset == 4 and torch.equal(made.project_teacher(4, rows), made.project_teacher(4, rows, torch.zeros(len(rows), dtype=torch.long)))
+    assert made.max_offset == 4 and torch.equal(
+        made.project_teacher(4, rows), made.project_teacher(4, rows, torch.zeros(len(rows), dtype=torch.long))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,19 +212,26 @@ def test_maps_are_applied_in_float32_inside_autocast(dtype):
     pca, read = Bridge.fit(seen(student, teacher), 3), readout_of(d_teacher=7)
     plain = pca.project_student(2, student), pca.project_teacher(2, teacher), read.project_teacher(4, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = pca.project_student(2, student), pca.project_teacher(2, teacher), read.project_teacher(4, teacher)
+        inside = (
+            pca.project_student(2, student),
+            pca.project_teacher(2, teacher),
+            read.project_teacher(4, teacher),
+        )
     for a, b in zip(plain, inside, strict=True):
         assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
 
 
 # files
 
+
 @pytest.mark.parametrize("kind", ["bridge", "readout"])
 def test_a_file_brings_back_every_bit(kind, rank8, readout, tmp_path):
     made = {"bridge": rank8, "readout": readout}[kind]
     for path in (made.save(tmp_path / "folder"), made.save(tmp_path / "named.safetensors")):
         for again in (load_bridge(path), type(made).load(path)):
-            assert again.header == made.header and all(torch.equal(again.tensors[name], made.tensors[name]) for name in made.tensors)
+            assert again.header == made.header and all(
+                torch.equal(again.tensors[name], made.tensors[name]) for name in made.tensors
+            )
     assert load_bridge(tmp_path / "folder").scores.equals(made.scores) and not list(tmp_path.rglob("*.part"))
 
 
@@ -194,25 +249,42 @@ def test_a_file_cut_anywhere_is_refused(tmp_path_factory, share):
 def test_files_that_are_something_else(rank8, readout, tmp_path):
     rank8.save(tmp_path / "a"), readout.save(tmp_path / "b")
     seen(*gaussian()).save(tmp_path / "c" / "bridge.safetensors")
-    for load, message in [(lambda: ReadoutBridge.load(tmp_path / "a"), "holds a Bridge.*load it with Bridge.load"), (lambda: Bridge.load(tmp_path / "b"), "holds a ReadoutBridge"),
-                          (lambda: load_bridge(tmp_path / "c"), "holds no bridge"), (lambda: load_bridge(tmp_path / "nowhere"), "cannot be read")]:
+    for load, message in [
+        (lambda: ReadoutBridge.load(tmp_path / "a"), "holds a Bridge.*load it with Bridge.load"),
+        (lambda: Bridge.load(tmp_path / "b"), "holds a ReadoutBridge"),
+        (lambda: load_bridge(tmp_path / "c"), "holds no bridge"),
+        (lambda: load_bridge(tmp_path / "nowhere"), "cannot be read"),
+    ]:
         with pytest.raises(ValueError, match=message):
             load()
 
 
 def test_a_header_that_does_not_describe_its_tensors_is_refused(rank8):
-    for header in (replace(rank8.header, dimension=9), replace(rank8.header, layer_pairs=[(1, 1)]), replace(rank8.header, student=Side(97))):
+    for header in (
+        replace(rank8.header, dimension=9),
+        replace(rank8.header, layer_pairs=[(1, 1)]),
+        replace(rank8.header, student=ModelSpec(97)),
+    ):
         with pytest.raises(ValueError, match="tensors"):
             Bridge(header, rank8.tensors)
 
 
 # what does not fit
 
+
 def test_the_header_says_whom_it_belongs_to(rank8, readout, wide):
     assert rank8.layer_pairs == [(1, 1), (2, 3), (3, 4), (4, 6)] and readout.layer_pairs == [(4, 6)]
     for made in (rank8, readout):
-        assert (made.header.student, made.header.teacher) == (side_of(wide.student, wide.tokenizer), side_of(wide.teacher.model, wide.teacher.tokenizer))
-        assert made.header.rows > 1000 and made.header.coverage == 1 and made.header.final_norm and len(made.scores)
+        assert (made.header.student, made.header.teacher) == (
+            spec_of(wide.student, wide.tokenizer),
+            spec_of(wide.teacher.model, wide.teacher.tokenizer),
+        )
+        assert (
+            made.header.rows > 1000
+            and made.header.coverage == 1
+            and made.header.final_norm
+            and len(made.scores)
+        )
         made.check(wide.student, wide.teacher, wide.tokenizer)
         made.check(wide.student, wide.teacher.model)
 
@@ -222,9 +294,18 @@ def test_other_models_are_refused_with_the_reason(rank8, readout, wide, tokens):
     deeper = tiny_qwen3(vocab_size=21, layers=5, width=96)
     for made in (rank8, readout):
         for student, teacher, tokenizer, options, message in [
-                (wide.student, tokens.teacher, wide.tokenizer, {}, "another teacher.*width 96 in place of 128"), (wide.teacher.model, wide.teacher, wide.tokenizer, {}, "another student.*width"),
-                (deeper, wide.teacher, wide.tokenizer, {}, "another student.*depth 5 in place of 4"), (wide.student, wide.teacher, tokens.teacher.tokenizer, {}, "another student.*tokenizer"),
-                (same_width, Teacher(wide.teacher.model, wide.teacher.tokenizer), wide.tokenizer, {"final_norm": False}, "final_norm=False")]:
+            (wide.student, tokens.teacher, wide.tokenizer, {}, "another teacher.*width 96 in place of 128"),
+            (wide.teacher.model, wide.teacher, wide.tokenizer, {}, "another student.*width"),
+            (deeper, wide.teacher, wide.tokenizer, {}, "another student.*depth 5 in place of 4"),
+            (wide.student, wide.teacher, tokens.teacher.tokenizer, {}, "another student.*tokenizer"),
+            (
+                same_width,
+                Teacher(wide.teacher.model, wide.teacher.tokenizer),
+                wide.tokenizer,
+                {"final_norm": False},
+                "final_norm=False",
+            ),
+        ]:
             with pytest.raises(ValueError, match=message) as error:
                 made.check(student, teacher, tokenizer, **options)
             assert "\n" not in str(error.value)
@@ -234,11 +315,15 @@ def test_other_models_are_refused_with_the_reason(rank8, readout, wide, tokens):
 def test_equal_shapes_do_not_hide_another_tokenizer(tokens):
     """The embedded teachers of `same` and `cross_tokenizer` have the same width and depth."""
     same = embedded("same")
-    made = fit_bridge(same.student, Teacher(same.teacher, same.teacher_tokenizer), tokens.rollouts, same.tokenizer)
+    made = fit_bridge(
+        same.student, Teacher(same.teacher, same.teacher_tokenizer), tokens.rollouts, same.tokenizer
+    )
     for teacher in (tokens.teacher, tokens.teacher.model):
         with pytest.raises(ValueError, match="another teacher .(tokenizer|vocabulary)"):
             made.check(same.student, teacher, same.tokenizer)
-    renamed = Bridge(replace(made.header, teacher=replace(made.header.teacher, name="somebody")), made.tensors)
+    renamed = Bridge(
+        replace(made.header, teacher=replace(made.header.teacher, name="somebody")), made.tensors
+    )
     with pytest.warns(UserWarning, match="fitted for the teacher 'somebody'"):
         renamed.check(same.student, Teacher(same.teacher, same.teacher_tokenizer), same.tokenizer)
 
@@ -248,24 +333,47 @@ def test_maps_of_bare_rows_know_their_widths_and_learn_the_rest(wide, rank8):
     made = Bridge.fit(seen(student, teacher, (9, 9)), 2)
     with pytest.raises(ValueError, match="student layers .9., this one has 4"):
         made.check(wide.student, wide.teacher)
-    fits = Bridge.fit(seen(student, teacher, (4, 6)), 2).fitted_for(wide.student, wide.teacher, wide.tokenizer)
+    fits = Bridge.fit(seen(student, teacher, (4, 6)), 2).fitted_for(
+        wide.student, wide.teacher, wide.tokenizer
+    )
     assert fits.header.teacher.depth == 6 and fits.header.student.tokenizer == rank8.header.student.tokenizer
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Bridge.fit(seen(*gaussian()), 8), "rank=8: use 'auto' or an integer from 1 to 7"), (lambda: Bridge.fit(seen(*gaussian()), 0), "rank=0"),
-    (lambda: Bridge.fit(seen(*gaussian()), "best"), "rank='best'"),
-    (lambda: Bridge.fit(seen(torch.randn(200, 6), torch.randn(200, 7)), "auto"), "rank='auto'.*ReadoutBridge"),
-    (lambda: Bridge.fit(Moments([(1, 1), (1, 2)], 6, 7)), "name a student layer twice"),
-    (lambda: Bridge.fit(seen(*gaussian()), 2).cut(3), "rank=3: this bridge has rank 2"),
-    (lambda: Bridge.fit(seen(*gaussian()), 2).project_student(1, torch.zeros(1, 6)), "maps for student layers .2."),
-    (lambda: Bridge.fit(seen(*gaussian()), 2).project_teacher(2, torch.zeros(2, 7), torch.tensor([0, 1])), "shared byte boundaries only"),
-    (lambda: readout_of().project_teacher(4, torch.zeros(2, 5), torch.tensor([0, 2])), ".2. have no map"),
-    (lambda: readout_of().project_student(3, torch.zeros(2, 3)), "last layer only, 4"),
-    (lambda: ReadoutBridge.fit(tiny_qwen3(), torch.randn(60, 8), torch.zeros(60, dtype=torch.long)), "a readout needs at least 100"),
-    (lambda: ReadoutBridge.fit(tiny_qwen3(), torch.randn(200, 8), torch.zeros(60, dtype=torch.long)), "targets: 60 for 200"),
-    (lambda: retokenized(Rollouts.from_ids([[1]], [[2]], 0), None, None), "rollouts.prompts is None"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Bridge.fit(seen(*gaussian()), 8), "rank=8: use 'auto' or an integer from 1 to 7"),
+        (lambda: Bridge.fit(seen(*gaussian()), 0), "rank=0"),
+        (lambda: Bridge.fit(seen(*gaussian()), "best"), "rank='best'"),
+        (
+            lambda: Bridge.fit(seen(torch.randn(200, 6), torch.randn(200, 7)), "auto"),
+            "rank='auto'.*ReadoutBridge",
+        ),
+        (lambda: Bridge.fit(Moments([(1, 1), (1, 2)], 6, 7)), "name a student layer twice"),
+        (lambda: Bridge.fit(seen(*gaussian()), 2).cut(3), "rank=3: this bridge has rank 2"),
+        (
+            lambda: Bridge.fit(seen(*gaussian()), 2).project_student(1, torch.zeros(1, 6)),
+            "maps for student layers .2.",
+        ),
+        (
+            lambda: Bridge.fit(seen(*gaussian()), 2).project_teacher(
+                2, torch.zeros(2, 7), torch.tensor([0, 1])
+            ),
+            "shared byte boundaries only",
+        ),
+        (lambda: readout_of().project_teacher(4, torch.zeros(2, 5), torch.tensor([0, 2])), ".2. have no map"),
+        (lambda: readout_of().project_student(3, torch.zeros(2, 3)), "last layer only, 4"),
+        (
+            lambda: ReadoutBridge.fit(tiny_qwen3(), torch.randn(60, 8), torch.zeros(60, dtype=torch.long)),
+            "a readout needs at least 100",
+        ),
+        (
+            lambda: ReadoutBridge.fit(tiny_qwen3(), torch.randn(200, 8), torch.zeros(60, dtype=torch.long)),
+            "targets: 60 for 200",
+        ),
+        (lambda: retokenize(Rollouts.from_ids([[1]], [[2]], 0), None, None), "rollouts.prompts is None"),
+    ],
+)
 def test_bad_requests_name_argument_value_and_way_out(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
@@ -273,6 +381,7 @@ def test_bad_requests_name_argument_value_and_way_out(make, message):
 
 
 # frozen, and part of any objective
+
 
 def bits(made):
     return {name: tensor.clone() for name, tensor in made.tensors.items()}
@@ -287,19 +396,46 @@ def representation(made):
 def test_training_moves_the_student_and_not_the_bridge(kind, rank8, readout, tmp_path):
     made, fresh = {"bridge": rank8, "readout": readout}[kind], Setting("cross_architecture", 2)
     before, weights = bits(made), {name: p.clone() for name, p in fresh.student.named_parameters()}
-    args = OPRDConfig(str(tmp_path), learning_rate=1e-3, max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=1, max_completion_length=40,
-                      bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, weight_decay=0.1, use_cpu=True)
-    trainer = OPRDTrainer(model=fresh.student.requires_grad_(True), teacher=fresh.teacher, objective=representation(made), args=args, train_dataset=fresh.pair.task.train,
-                          processing_class=fresh.tokenizer)
+    args = OPRDConfig(
+        str(tmp_path),
+        learning_rate=1e-3,
+        max_steps=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_generations=1,
+        max_completion_length=40,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        weight_decay=0.1,
+        use_cpu=True,
+    )
+    trainer = OPRDTrainer(
+        model=fresh.student.requires_grad_(True),
+        teacher=fresh.teacher,
+        objective=representation(made),
+        args=args,
+        train_dataset=fresh.pair.task.train,
+        processing_class=fresh.tokenizer,
+    )
     optimised = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
     trainer.train()
-    assert all(torch.equal(before[name], tensor) and not tensor.requires_grad and tensor.grad is None and id(tensor) not in optimised for name, tensor in made.tensors.items())
+    assert all(
+        torch.equal(before[name], tensor)
+        and not tensor.requires_grad
+        and tensor.grad is None
+        and id(tensor) not in optimised
+        for name, tensor in made.tensors.items()
+    )
     moved = {name for name, p in fresh.student.named_parameters() if not torch.equal(p, weights[name])}
     assert "model.layers.0.mlp.down_proj.weight" in moved and "lm_head.weight" not in moved
 
 
 @pytest.mark.parametrize("kind", ["bridge", "readout"])
-@pytest.mark.parametrize("other", [FullKL(), SampledTokenKL(), SampledTokenKL(control_variate=True)], ids=repr)
+@pytest.mark.parametrize(
+    "other", [FullKL(), SampledTokenKL(), SampledTokenKL(control_variate=True)], ids=repr
+)
 def test_terms_add_up(kind, other, rank8, readout, wide):
     term = representation({"bridge": rank8, "readout": readout}[kind])
     student = embedded("cross_architecture").student
@@ -307,9 +443,13 @@ def test_terms_add_up(kind, other, rank8, readout, wide):
     weight = student.model.layers[1].mlp.down_proj.weight
 
     def gradient(objective):
-        return torch.autograd.grad(loss_of(objective, student, wide.teacher, few, wide.tokenizer)[0], weight)[0]
+        return torch.autograd.grad(loss_of(objective, student, wide.teacher, few, wide.tokenizer)[0], weight)[
+            0
+        ]
 
-    assert torch.allclose(gradient(other + 10 * term), gradient(other) + 10 * gradient(term), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(
+        gradient(other + 10 * term), gradient(other) + 10 * gradient(term), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["bridge", "readout"])
@@ -325,22 +465,34 @@ def test_adapters_train_through_it(kind, rank8, readout, wide):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert all("lora_" in name for name, p in adapted.named_parameters() if p.grad is not None) and loss.item() < before
+    assert (
+        all("lora_" in name for name, p in adapted.named_parameters() if p.grad is not None)
+        and loss.item() < before
+    )
 
 
 # other tokenizers
 
+
 def test_rows_without_a_map_are_not_supervised(tokens, by_offset):
     pairs = tokens.teacher.read(tokens.rollouts, tokens.tokenizer)
     assert by_offset.offsets == (0, 1) and set(pairs.offset.tolist()) == {0, 1}
-    boundaries = ReadoutBridge(replace(by_offset.header, offsets=(0,)), {name: tensor[:1] for name, tensor in by_offset.tensors.items()})
+    boundaries = ReadoutBridge(
+        replace(by_offset.header, offsets=(0,)),
+        {name: tensor[:1] for name, tensor in by_offset.tensors.items()},
+    )
     every, at_boundary = (representation(made).rows(pairs) for made in (by_offset, boundaries))
     assert torch.equal(at_boundary, every & (pairs.offsets == 0)) and 0 < at_boundary.sum() < every.sum()
     for made in (by_offset, boundaries, fit_bridge(*tokens.all)):
         term = representation(made)
         rows = term.rows(pairs)
-        assert as_objective(term).counts(pairs).item() == rows.sum() and torch.isin(pairs.offsets[rows], torch.tensor(made.offsets)).all()
-        assert torch.isfinite(loss_of(term, tokens.student, tokens.teacher, tokens.rollouts, tokens.tokenizer)[0])
+        assert (
+            as_objective(term).counts(pairs).item() == rows.sum()
+            and torch.isin(pairs.offsets[rows], torch.tensor(made.offsets)).all()
+        )
+        assert torch.isfinite(
+            loss_of(term, tokens.student, tokens.teacher, tokens.rollouts, tokens.tokenizer)[0]
+        )
 
 
 def test_micro_batches_add_up_across_tokenizers(tokens, by_offset):
@@ -350,7 +502,12 @@ def test_micro_batches_add_up_across_tokenizers(tokens, by_offset):
 
     def gradient(which):
         r = tokens.rollouts
-        part = Rollouts.from_ids([r.prompt_ids()[i] for i in which], [r.responses()[i] for i in which], 0, [r.prompts[i] for i in which])
+        part = Rollouts.from_ids(
+            [r.prompt_ids()[i] for i in which],
+            [r.responses()[i] for i in which],
+            0,
+            [r.prompts[i] for i in which],
+        )
         value = loss_of(objective, student, tokens.teacher, part, tokens.tokenizer, counts)[0]
         return torch.autograd.grad(value, student.model.layers[0].mlp.down_proj.weight)[0]
 
@@ -362,15 +519,24 @@ def test_text_in_another_models_tokens(tokens):
     writer, reader = tokens.teacher.tokenizer, tokens.tokenizer
     prompts = tokens.pair.task.train["prompt"][:3]
     bodies = [writer.encode(text, add_special_tokens=False) for text in ("37+58=95", "1+2")]
-    written = Rollouts.from_ids([[5]] * 3, [bodies[0] + [writer.eos_token_id], bodies[1], [writer.convert_tokens_to_ids("<|user|>")]], 0, prompts)
-    read = retokenized(written, writer, reader)
+    written = Rollouts.from_ids(
+        [[5]] * 3,
+        [bodies[0] + [writer.eos_token_id], bodies[1], [writer.convert_tokens_to_ids("<|user|>")]],
+        0,
+        prompts,
+    )
+    read = retokenize(written, writer, reader)
     assert len(read) == 2 and read.texts(reader) == ["37+58=95", "1+2"] and read.prompts == prompts[:2]
     assert [ids[-1] == reader.eos_token_id for ids in read.responses()] == [True, False]
     again = tokens.teacher.read(read, reader)
-    assert again.coverage == 1 and again.teacher_inputs.responses() == [bodies[0] + [writer.eos_token_id], bodies[1]]
+    assert again.coverage == 1 and again.teacher_inputs.responses() == [
+        bodies[0] + [writer.eos_token_id],
+        bodies[1],
+    ]
 
 
 # better than what they start from
+
 
 def test_closed_form_beside_the_recipe(wide):
     """The bar: held-out R² at r = 8 at least, cosine at least - 0.005, that of the recipe, at every learning rate tried."""
@@ -380,25 +546,37 @@ def test_closed_form_beside_the_recipe(wide):
     for rate in (1e-3, 1e-2, 3e-2):
         tensors = dict(closed.tensors)
         for s, t in closed.layer_pairs:
-            tensors |= {f"{s}.student.weight": fit_sgd(rows.rows[s, t][0], closed.project_teacher(s, rows.rows[s, t][1]), learning_rate=rate), f"{s}.student.mean": torch.zeros(96)}
-        theirs = Bridge(closed.header, tensors).score(rows.heldout).groupby("rank")[["cosine", "r2"]].mean().loc[8]
+            tensors |= {
+                f"{s}.student.weight": fit_sgd(
+                    rows.rows[s, t][0], closed.project_teacher(s, rows.rows[s, t][1]), learning_rate=rate
+                ),
+                f"{s}.student.mean": torch.zeros(96),
+            }
+        theirs = (
+            Bridge(closed.header, tensors).score(rows.heldout).groupby("rank")[["cosine", "r2"]].mean().loc[8]
+        )
         assert ours.r2 >= theirs.r2 and ours.cosine >= theirs.cosine - 0.005
 
 
 def test_held_out_responses_are_never_fitted_and_their_rows_are_few(wide, monkeypatch):
-    monkeypatch.setattr("oprd_nb.bridge.HELD_OUT_ROWS", 100)
+    monkeypatch.setattr("oprd_nb.bridge.pca.HELD_OUT_ROWS", 100)
     rows = collect_moments(*wide.all, layers="2,4", positions="last:5")
     assert len(rows.groups.unique()) <= 51 and 60 <= len(rows.groups) <= 140 and rows.rows == {}
-    held = held_out_responses(torch.arange(256), HELD_OUT)
-    assert held[rows.groups].all() and all(len(a) == len(b) == len(rows.groups) for a, b in rows.heldout.values())
-    assert rows.moments.layer_pairs == [(2, 3), (4, 6)] and rows.moments[2, 3].count == wide.rollouts.response_lengths[~held].clamp(max=5).sum()
+    held = split_by_response(torch.arange(256), HELD_OUT)
+    assert held[rows.groups].all() and all(
+        len(a) == len(b) == len(rows.groups) for a, b in rows.heldout.values()
+    )
+    assert (
+        rows.moments.layer_pairs == [(2, 3), (4, 6)]
+        and rows.moments[2, 3].count == wide.rollouts.response_lengths[~held].clamp(max=5).sum()
+    )
 
 
 def test_readout_kl_falls(wide, readout):
     score = readout.scores.iloc[0]
     assert score.student > 2 * score.ridge > 4 * score.fitted and score.fitted < 0.02
     rows = readout_rows(*wide.all)
-    held = held_out_responses(rows.responses, HELD_OUT)
+    held = split_by_response(rows.responses, HELD_OUT)
     states = readout.project_teacher(4, rows.teacher[held])
     read = lm_head_of(wide.student)(states).log_softmax(-1)
     q = lm_head_of(wide.teacher.model)(rows.teacher[held]).log_softmax(-1)
@@ -407,8 +585,16 @@ def test_readout_kl_falls(wide, readout):
 
 def test_cross_entropy_falls_at_every_offset(by_offset):
     scores = by_offset.scores
-    assert list(scores.offset) == [0, 1] and (scores.student > scores.ridge).all() and (scores.fitted < 0.7 * scores.ridge).all()
-    assert scores["share"].sum() == pytest.approx(1) and by_offset.header.recipe == "cross-entropy" and by_offset.header.coverage > 0.99
+    assert (
+        list(scores.offset) == [0, 1]
+        and (scores.student > scores.ridge).all()
+        and (scores.fitted < 0.7 * scores.ridge).all()
+    )
+    assert (
+        scores["share"].sum() == pytest.approx(1)
+        and by_offset.header.recipe == "cross-entropy"
+        and by_offset.header.coverage > 0.99
+    )
 
 
 def test_targets_in_any_form_give_one_map(wide):
@@ -419,9 +605,14 @@ def test_targets_in_any_form_give_one_map(wide):
     forms = [head, logits, logits.log_softmax(-1), logits.softmax(-1)]
     made = [ReadoutBridge.fit(wide.student, rows.teacher, form, steps=30) for form in forms]
     for other in made[1:]:
-        assert torch.allclose(other.tensors["weight"], made[0].tensors["weight"], atol=1e-3) and other.header.recipe == "KL"
+        assert (
+            torch.allclose(other.tensors["weight"], made[0].tensors["weight"], atol=1e-3)
+            and other.header.recipe == "KL"
+        )
     assert "student" not in made[0].scores and made[0].layer_pairs == [(4, FINAL)]
-    head_rows = torch.linalg.svd(wide.student.lm_head.weight.detach(), full_matrices=False).Vh  # from zero, the map stays in their span
+    head_rows = torch.linalg.svd(
+        wide.student.lm_head.weight.detach(), full_matrices=False
+    ).Vh  # from zero, the map stays in their span
     outside = made[0].tensors["weight"][0] - head_rows.T @ (head_rows @ made[0].tensors["weight"][0])
     assert outside.norm() < 0.02 * made[0].tensors["weight"][0].norm()
     ids = ReadoutBridge.fit(wide.student, rows.teacher, rows.next_tokens, rows.student, steps=30)
@@ -429,18 +620,31 @@ def test_targets_in_any_form_give_one_map(wide):
 
 
 def test_vocabularies_padded_to_other_widths():
-    logits, target = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)), torch.randn(6, 9, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    logits, target = (
+        torch.randn(6, 9, generator=torch.Generator().manual_seed(0)),
+        torch.randn(6, 9, generator=torch.Generator().manual_seed(1)).softmax(-1),
+    )
     padded = F.pad(target, (0, 5))
-    assert torch.allclose(divergence(logits, padded), divergence(logits, target)) and torch.allclose(divergence(F.pad(logits, (0, 5)), target), divergence(logits, target))
+    assert torch.allclose(divergence(logits, padded), divergence(logits, target)) and torch.allclose(
+        divergence(F.pad(logits, (0, 5)), target), divergence(logits, target)
+    )
     certain = F.one_hot(torch.arange(6), 9).float()
     assert torch.allclose(divergence(logits, certain), divergence(logits, torch.arange(6)), atol=1e-6)
 
 
 def test_a_student_in_bfloat16():
     half = Setting("cross_architecture", 48)
-    student, teacher = half.pair.student.bfloat16(), Teacher(half.pair.teacher.bfloat16(), half.pair.teacher_tokenizer)
-    for made in (fit_bridge(student, teacher, half.rollouts, half.tokenizer), fit_readout(student, teacher, half.rollouts, half.tokenizer, steps=30)):
-        loss, _ = loss_of(representation(made), student.requires_grad_(True), teacher, half.rollouts, half.tokenizer)
+    student, teacher = (
+        half.pair.student.bfloat16(),
+        Teacher(half.pair.teacher.bfloat16(), half.pair.teacher_tokenizer),
+    )
+    for made in (
+        fit_bridge(student, teacher, half.rollouts, half.tokenizer),
+        fit_readout(student, teacher, half.rollouts, half.tokenizer, steps=30),
+    ):
+        loss, _ = loss_of(
+            representation(made), student.requires_grad_(True), teacher, half.rollouts, half.tokenizer
+        )
         assert loss.dtype == torch.float32 and torch.isfinite(loss)
         loss.backward()
 
@@ -460,7 +664,7 @@ SHAPES = textwrap.dedent("""
     from oprd_nb.bridge import fit_bridge
     from oprd_nb.models import embedded
     from oprd_nb.objectives import Representation, loss_of
-    from oprd_nb.readout import fit_readout, retokenized
+    from oprd_nb.bridge.readout import fit_readout, retokenize
     from oprd_nb.rollouts import HFSampler
     from oprd_nb.teachers import Teacher
 
@@ -469,7 +673,7 @@ SHAPES = textwrap.dedent("""
     teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
     rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:64], max_new_tokens=40)
     written = HFSampler(pair.teacher, pair.teacher_tokenizer).sample(pair.task.train["prompt"][:64], max_new_tokens=40)
-    readout = fit_readout(pair.student, teacher, retokenized(written, pair.teacher_tokenizer, pair.tokenizer), pair.tokenizer, steps=3)
+    readout = fit_readout(pair.student, teacher, retokenize(written, pair.teacher_tokenizer, pair.tokenizer), pair.tokenizer, steps=3)
     for term in (Representation(bridge=fit_bridge(pair.student, teacher, rollouts, pair.tokenizer, "auto")), Representation(layers="last", predicting=True, bridge=readout)):
         loss_of(term, pair.student, teacher, rollouts, pair.tokenizer)
     print("checked")

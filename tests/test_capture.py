@@ -1,4 +1,5 @@
 """Captured states equal transformers' own on five architectures, in every mode a trainer uses."""
+
 import pytest
 import torch
 from conftest import tiny_qwen3
@@ -17,8 +18,18 @@ from transformers import (
 from oprd_nb.capture import FINAL, capture, capture_each, num_layers_of, position_ids_of
 from oprd_nb.core import Positions, Rollouts
 
-SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64, pad_token_id=0, eos_token_id=2, bos_token_id=1)
+SMALL = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    eos_token_id=2,
+    bos_token_id=1,
+)
 
 
 def build(name):
@@ -26,20 +37,45 @@ def build(name):
     return {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
         "qwen3": lambda: tiny_qwen3(vocab_size=50, layers=4),
-        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2
+            )
+        ),
         "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL)),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=50,
+                n_embd=32,
+                n_layer=4,
+                n_head=4,
+                n_positions=64,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+            )
+        ),
     }[name]()
 
 
 @pytest.fixture(params=["left", "right"])
 def rollouts(request):
-    return Rollouts.from_ids([[3, 4, 5, 6], [7], [8, 9]], [[10, 11, 12, 2], [13, 14, 15, 16, 17, 2], [18]], pad_token_id=2, side=request.param)
+    return Rollouts.from_ids(
+        [[3, 4, 5, 6], [7], [8, 9]],
+        [[10, 11, 12, 2], [13, 14, 15, 16, 17, 2], [18]],
+        pad_token_id=2,
+        side=request.param,
+    )
 
 
 def reference(model, rollouts, rows):
-    every = model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long(), position_ids=position_ids_of(rollouts.attention_mask),
-                  output_hidden_states=True, use_cache=False).hidden_states
+    every = model(
+        input_ids=rollouts.input_ids,
+        attention_mask=rollouts.attention_mask.long(),
+        position_ids=position_ids_of(rollouts.attention_mask),
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
     return {layer: every[layer][rows] for layer in range(1, len(every))}
 
 
@@ -60,8 +96,12 @@ def test_equal_to_output_hidden_states(name, mode, rollouts):
         torch.testing.assert_close(captured[layer], expected[layer], rtol=1e-5, atol=1e-6)
     if mode != "no_grad":
         parameters = [p for p in model.parameters() if p.requires_grad]
-        ours = torch.autograd.grad(sum(captured[k].pow(2).sum() for k in captured), parameters, allow_unused=True)
-        theirs = torch.autograd.grad(sum(v.pow(2).sum() for v in expected.values()), parameters, allow_unused=True)
+        ours = torch.autograd.grad(
+            sum(captured[k].pow(2).sum() for k in captured), parameters, allow_unused=True
+        )
+        theirs = torch.autograd.grad(
+            sum(v.pow(2).sum() for v in expected.values()), parameters, allow_unused=True
+        )
         for a, b in zip(ours, theirs, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
@@ -73,7 +113,9 @@ def test_right_and_left_pads_read_as_no_pads():
     prompts, responses = [[3, 4, 5, 6], [7], [8, 9]], [[10, 11, 12, 2], [13, 14, 15, 16, 17, 2], [18]]
     for name in ("gpt2", "qwen3"):
         model = build(name).eval()
-        alone = torch.cat([_states(model, Rollouts.from_ids([p], [r], 2)) for p, r in zip(prompts, responses, strict=True)])
+        alone = torch.cat(
+            [_states(model, Rollouts.from_ids([p], [r], 2)) for p, r in zip(prompts, responses, strict=True)]
+        )
         for side in ("left", "right"):
             together = _states(model, Rollouts.from_ids(prompts, responses, 2, side=side))
             torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
@@ -87,9 +129,17 @@ def _states(model, rollouts):
 def test_final_norm_is_a_choice(rollouts):
     model = build("llama").eval()
     with torch.no_grad():
-        raw = capture(model, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [4], final_norm=False)[4]
+        raw = capture(
+            model, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [4], final_norm=False
+        )[4]
         normed = capture(model, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [4])[4]
-        both = capture_each(model, rollouts.input_ids, rollouts.attention_mask, {4: rollouts.response_mask, FINAL: rollouts.response_mask}, final_norm=False)
+        both = capture_each(
+            model,
+            rollouts.input_ids,
+            rollouts.attention_mask,
+            {4: rollouts.response_mask, FINAL: rollouts.response_mask},
+            final_norm=False,
+        )
     torch.testing.assert_close(model.model.norm(raw), normed)
     torch.testing.assert_close(both[FINAL], normed)
     torch.testing.assert_close(both[4], raw)
@@ -97,14 +147,18 @@ def test_final_norm_is_a_choice(rollouts):
 
 def test_layers_above_the_deepest_do_not_run_and_come_back(rollouts):
     model = build("llama").eval()
-    model.model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(AssertionError("layer 3 ran")))
+    model.model.layers[2].register_forward_hook(
+        lambda *_: (_ for _ in ()).throw(AssertionError("layer 3 ran"))
+    )
     captured = capture(model, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [1, 2])
     assert list(captured) == [1, 2] and num_layers_of(model) == 4 and len(model.model.layers) == 4
 
 
 def test_an_interrupted_pass_leaves_the_model_as_it_was(rollouts):
     model = build("llama").eval()
-    handle = model.model.layers[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("interrupted")))
+    handle = model.model.layers[0].register_forward_hook(
+        lambda *_: (_ for _ in ()).throw(RuntimeError("interrupted"))
+    )
     with pytest.raises(RuntimeError, match="interrupted"):
         capture(model, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [2])
     handle.remove()
@@ -139,4 +193,6 @@ def test_repeated_flat_rows_keep_their_order(rollouts):
     rows = torch.tensor([5, 2, 5])
     with torch.no_grad():
         states = capture(model, rollouts.input_ids, rollouts.attention_mask, rows, [1])[1]
-    assert states.shape[0] == 3 and torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
+    assert (
+        states.shape[0] == 3 and torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
+    )

@@ -1,4 +1,5 @@
 """Selections and the rollout batch, on inputs one would not write by hand."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,15 +13,27 @@ def naive_positions(spec, lengths, time, offset):
     mask = torch.zeros(len(lengths), time, dtype=torch.bool)
     for b, n in enumerate(lengths):
         side, _, count = spec.partition(":")
-        k = n if spec == "all" else 1 if spec == "last" else -(-n * int(count[:-1]) // 100) if count.endswith("%") else int(count)
+        k = (
+            n
+            if spec == "all"
+            else 1
+            if spec == "last"
+            else -(-n * int(count[:-1]) // 100)
+            if count.endswith("%")
+            else int(count)
+        )
         chosen = range(min(k, n)) if side == "first" else range(max(0, n - k), n)
         for i in chosen:
             mask[b, offset[b] + i] = True
     return mask
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.sampled_from(["all", "last", "last:3", "first:4", "last:30%", "first:75%", "last:100%"]),
-       st.integers(1, 4), st.booleans())
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.sampled_from(["all", "last", "last:3", "first:4", "last:30%", "first:75%", "last:100%"]),
+    st.integers(1, 4),
+    st.booleans(),
+)
 def test_positions_agree_with_counting_by_hand(lengths, spec, prompt, left):
     time = prompt + max(lengths) + 2
     offset = [time - n if left else prompt for n in lengths]
@@ -55,8 +68,18 @@ def test_even_and_odd_layers_partition_all(depth):
     assert sorted(odd + even) == Layers("all").of(depth) and all(layer % 2 == 0 for layer in even)
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.lists(st.integers(0, 9), min_size=1, max_size=6)), min_size=1, max_size=4),
-       st.sampled_from(["left", "right"]), st.integers(0, 9))
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 9), min_size=1, max_size=4),
+            st.lists(st.integers(0, 9), min_size=1, max_size=6),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["left", "right"]),
+    st.integers(0, 9),
+)
 def test_a_batch_gives_back_what_went_in_whatever_the_pad(pairs, side, pad):
     prompts, responses = [p for p, _ in pairs], [r for _, r in pairs]
     rollouts = Rollouts.from_ids(prompts, responses, pad, side=side)

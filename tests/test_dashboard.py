@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from run_fixture import synthetic_metrics, synthetic_run
 from test_explore import CHROMIUM, opened
 
-from oprd_nb.dashboard import (
+from oprd_nb.explore.dashboard import (
     PANELS,
     MetricsTail,
     RunDashboard,
@@ -26,7 +26,12 @@ from oprd_nb.dashboard import (
 )
 from oprd_nb.runs import METHODS, read_metrics
 
-ROWS = st.lists(st.fixed_dictionaries({"step": st.integers(0, 6)}, optional={"loss": st.floats(-1, 1), "eval/avg@1": st.floats(0, 1)}), max_size=12)
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {"step": st.integers(0, 6)}, optional={"loss": st.floats(-1, 1), "eval/avg@1": st.floats(0, 1)}
+    ),
+    max_size=12,
+)
 
 
 def append(path, rows):
@@ -35,6 +40,7 @@ def append(path, rows):
 
 
 # ---- the tail of a file
+
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, st.integers(1, 60))
@@ -56,7 +62,11 @@ def test_each_byte_is_read_once(tmp_path):
     assert tail.bytes_read == log.stat().st_size and len(tail.rows) == 200
 
 
-@pytest.mark.parametrize("again", [[{"step": 1, "loss": 7.0}], [{"step": step, "loss": 7.0} for step in range(1, 90)]], ids=["shorter", "longer"])
+@pytest.mark.parametrize(
+    "again",
+    [[{"step": 1, "loss": 7.0}], [{"step": step, "loss": 7.0} for step in range(1, 90)]],
+    ids=["shorter", "longer"],
+)
 def test_a_run_started_anew_is_read_anew(tmp_path, again):
     log = tmp_path / "metrics.jsonl"
     append(log, [{"step": step, "loss": 1.0} for step in range(1, 30)])
@@ -79,9 +89,14 @@ def test_a_damaged_line_is_named(tmp_path):
 
 # ---- panels
 
+
 @pytest.fixture
 def runs(tmp_path):
-    watched = [Watched(synthetic_run(tmp_path / f"{method}-{seed}", method, seed, steps=60, problems=20)) for method in ("oprd", "opd-full") for seed in (0, 1)]
+    watched = [
+        Watched(synthetic_run(tmp_path / f"{method}-{seed}", method, seed, steps=60, problems=20))
+        for method in ("oprd", "opd-full")
+        for seed in (0, 1)
+    ]
     assert all(run.refresh() for run in watched)
     return watched
 
@@ -89,7 +104,9 @@ def runs(tmp_path):
 def test_runs_keep_their_methods_colour_and_differ_by_dash(runs):
     fig = panel_figure(PANELS["loss"], runs)
     lines = [trace for trace in fig.data if trace.mode == "lines"]
-    assert [line.line.color for line in lines] == [METHODS[m].colour for m in ("oprd", "oprd", "opd-full", "opd-full")]
+    assert [line.line.color for line in lines] == [
+        METHODS[m].colour for m in ("oprd", "oprd", "opd-full", "opd-full")
+    ]
     assert [line.line.dash for line in lines] == dashes_of(runs) == ["solid", "dash", "solid", "dash"]
     assert np.allclose(fig.data[0].y, runs[0].table["loss"], atol=1e-6)
 
@@ -98,9 +115,16 @@ def test_panels_say_their_units_and_axes(runs):
     figures = all_figures(runs, "seconds")
     assert set(figures) == {*PANELS, "time"} and all(map(has_data, figures.values()))
     assert figures["accuracy"].layout.yaxis.tickformat == ".0%" and figures["snr"].layout.yaxis.type == "log"
-    assert figures["loss"].layout.xaxis.title.text == "Training time, seconds" and figures["loss"].data[0].x[-1] == pytest.approx(runs[0].table["seconds"].max())
+    assert figures["loss"].layout.xaxis.title.text == "Training time, seconds" and figures["loss"].data[0].x[
+        -1
+    ] == pytest.approx(runs[0].table["seconds"].max())
     parts = {bar.name: bar.x[0] for bar in figures["time"].data}
-    assert parts == pytest.approx({name.removeprefix("time/").replace("rollout", "rollouts"): runs[0].table[name].mean() for name in ("time/rollout", "time/teacher", "time/update")})
+    assert parts == pytest.approx(
+        {
+            name.removeprefix("time/").replace("rollout", "rollouts"): runs[0].table[name].mean()
+            for name in ("time/rollout", "time/teacher", "time/update")
+        }
+    )
 
 
 def test_metrics_that_nobody_logged_leave_their_panel_away(tmp_path):
@@ -120,6 +144,7 @@ def test_names_cannot_become_markup(tmp_path):
 
 # ---- the dashboard
 
+
 def test_it_shows_what_the_static_figures_show_after_any_refresh(tmp_path):
     folder = tmp_path / "run"
     dashboard = RunDashboard([folder, synthetic_run(tmp_path / "other", "opd-full", steps=40, problems=10)])
@@ -133,17 +158,28 @@ def test_it_shows_what_the_static_figures_show_after_any_refresh(tmp_path):
             dashboard.axis.value = axis
             for name, figure in all_figures(dashboard.runs, axis).items():
                 for shown, wanted in zip(dashboard.figures[name].data, figure.data, strict=True):
-                    assert np.array_equal(shown.x, wanted.x) and np.array_equal(shown.y, wanted.y) and shown.name == wanted.name
+                    assert (
+                        np.array_equal(shown.x, wanted.x)
+                        and np.array_equal(shown.y, wanted.y)
+                        and shown.name == wanted.name
+                    )
     assert dashboard.figures["loss"].data[1].line.color == METHODS["oprd"].colour
 
 
 def test_a_damaged_file_is_told_and_the_rest_goes_on(tmp_path):
-    good, bad = synthetic_run(tmp_path / "good", steps=5, problems=5), synthetic_run(tmp_path / "bad", steps=5, problems=5)
+    good, bad = (
+        synthetic_run(tmp_path / "good", steps=5, problems=5),
+        synthetic_run(tmp_path / "bad", steps=5, problems=5),
+    )
     dashboard = RunDashboard([bad, good])
     with open(bad / "metrics.jsonl", "a") as file:
         file.write("nonsense\n")
     append(good / "metrics.jsonl", [{"step": 6, "seconds": 9.0, "loss": 0.1}])
-    assert dashboard.refresh() and "nonsense" in dashboard.state.value and len(dashboard.figures["loss"].data[3].x) == 6
+    assert (
+        dashboard.refresh()
+        and "nonsense" in dashboard.state.value
+        and len(dashboard.figures["loss"].data[3].x) == 6
+    )
     (bad / "config.yaml").write_text("method: [")
     dashboard.refresh()
     assert dashboard.trouble
@@ -187,9 +223,23 @@ def test_a_large_run_opens_at_once(tmp_path, record_property):
     """5,000 steps, and 20,000 samples of 1,500 characters and 400 token ids, before and after: the bar is 3 s, twice that is allowed on a busy machine."""
     folder = synthetic_run(tmp_path / "run", steps=5000, problems=10)
     rng = np.random.default_rng(0)
-    samples = pd.DataFrame({"problem": np.repeat(np.arange(5000), 4), "sample": np.tile(np.arange(4), 5000), "prompt": "Compute. " * 20, "answer": "7",
-                            "response": [f"{i} " + "so it follows " * 107 for i in range(20_000)], "tokens": 400, "truncated": False, "correct": np.arange(20_000) % 5 < 2,
-                            "extracted": "7", "seconds": 0.1, "set": "large", "step": 0, "token_ids": list(rng.integers(0, 9999, (20_000, 400)))})
+    samples = pd.DataFrame(
+        {
+            "problem": np.repeat(np.arange(5000), 4),
+            "sample": np.tile(np.arange(4), 5000),
+            "prompt": "Compute. " * 20,
+            "answer": "7",
+            "response": [f"{i} " + "so it follows " * 107 for i in range(20_000)],
+            "tokens": 400,
+            "truncated": False,
+            "correct": np.arange(20_000) % 5 < 2,
+            "extracted": "7",
+            "seconds": 0.1,
+            "set": "large",
+            "step": 0,
+            "token_ids": list(rng.integers(0, 9999, (20_000, 400))),
+        }
+    )
     for name in ("before", "after"):
         samples.to_parquet(folder / "eval" / f"{name}.parquet", index=False)
     start = time.perf_counter()
@@ -206,13 +256,15 @@ def test_a_large_run_opens_at_once(tmp_path, record_property):
 
 # ---- in a browser
 
-NOTEBOOK = """from oprd_nb.dashboard import RunDashboard
+NOTEBOOK = """from oprd_nb.explore.dashboard import RunDashboard
 dashboard = RunDashboard([{folder!r}])
 dashboard.start(every=0.3)
 dashboard"""
 
 
-@pytest.mark.skipif(CHROMIUM is None or bool(os.environ.get("CI")), reason="needs Debian's chromium, and is not for CI")
+@pytest.mark.skipif(
+    CHROMIUM is None or bool(os.environ.get("CI")), reason="needs Debian's chromium, and is not for CI"
+)
 def test_in_a_browser_it_follows_a_run_that_writes(tmp_path):
     folder, rows = tmp_path / "tonight", synthetic_metrics("oprd", steps=100)
     with opened(tmp_path, [NOTEBOOK.format(folder=str(folder))], 1300, 1700) as (page, playwright):
@@ -229,6 +281,8 @@ def test_in_a_browser_it_follows_a_run_that_writes(tmp_path):
         expect(page.get_by_text("100 of 100")).to_be_visible(timeout=150_000)
         expect(loss).not_to_have_attribute("d", early, timeout=150_000)
         page.get_by_role("button", name="time").click()
-        expect(page.locator(".js-plotly-plot .xtitle").first).to_have_text("Training time, seconds", timeout=150_000)
+        expect(page.locator(".js-plotly-plot .xtitle").first).to_have_text(
+            "Training time, seconds", timeout=150_000
+        )
         if shots := os.environ.get("OPRD_SHOTS"):
             page.screenshot(path=f"{shots}/dashboard.png")

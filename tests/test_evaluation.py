@@ -15,26 +15,21 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from oprd_nb.core import Rollouts
-from oprd_nb.evaluation import (
-    LATEX_NOTE,
-    Evaluation,
-    avg_at_k,
-    best_at_k,
-    compare,
-    dist_4g,
-    distinct_n,
-    evaluate,
-    export_table,
-    interval,
-    maj_at_k,
-    paired_table,
-    weights_mark,
-)
-from oprd_nb.rollouts import HFSampler
-from oprd_nb.tasks import Task, arithmetic
+from oprd_nb.evaluation.compare import LATEX_NOTE, compare, export_table, paired_table
+from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, interval, maj_at_k
+from oprd_nb.evaluation.sampling import Evaluation, evaluate, weights_mark
+from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.tasks.problems import Task, arithmetic
 
 # six problems, four samples: what was answered; the answer is always 7
-SAID = [["7", "7", "7", "7.0"], ["7", "8", "8", "9"], ["8", "8", "8", None], ["7", "7", "8", "8"], ["8", "7", "7", "7"], [None, None, None, "7"]]
+SAID = [
+    ["7", "7", "7", "7.0"],
+    ["7", "8", "8", "9"],
+    ["8", "8", "8", None],
+    ["7", "7", "8", "8"],
+    ["8", "7", "7", "7"],
+    [None, None, None, "7"],
+]
 
 
 class Letters:
@@ -61,7 +56,9 @@ class Scripted:
         rng = np.random.default_rng(seed)
         texts = [p[-1]["content"] for p in prompts]
         self.asked += texts
-        spoken = [[*map(ord, self.speak(text, i, rng)), 0][:max_new_tokens] for text in texts for i in range(n)]
+        spoken = [
+            [*map(ord, self.speak(text, i, rng)), 0][:max_new_tokens] for text in texts for i in range(n)
+        ]
         return Rollouts.from_ids([[1]] * len(spoken), spoken, 0)
 
     def log_probs(self, rollouts):
@@ -69,7 +66,14 @@ class Scripted:
 
 
 def questions(count, name="letters"):
-    return Task(name, None, Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i}"}] for i in range(count)], "answer": ["7"] * count}), max_new_tokens=80)
+    return Task(
+        name,
+        None,
+        Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": f"{i}"}] for i in range(count)], "answer": ["7"] * count}
+        ),
+        max_new_tokens=80,
+    )
 
 
 def says(text, i, rng):
@@ -87,11 +91,24 @@ def quiet(sampler, task, **options):
 
 # ---- metrics
 
+
 def test_every_metric_of_the_fixture_by_hand():
     result = quiet(Scripted(says), questions(6), n=4, ks=(1, 2, 3, 4))
-    expected = {"avg@4": 11 / 24, "best@1": 11 / 24, "best@2": (1 + 1 / 2 + 0 + 5 / 6 + 1 + 1 / 2) / 6, "best@3": (1 + 3 / 4 + 0 + 1 + 1 + 3 / 4) / 6, "best@4": 5 / 6,
-                "maj@1": 11 / 24, "maj@2": (1 + 1 / 4 + 0 + 1 / 2 + 3 / 4 + 1 / 2) / 6, "maj@3": (1 + 0 + 0 + 1 + 1 + 0) / 6, "maj@4": (1 + 0 + 0 + 1 / 2 + 1 + 1) / 6,
-                "format_error": 4 / 24, "truncated": 0.0, "solve_none": 1 / 6, "solve_all": 1 / 6}
+    expected = {
+        "avg@4": 11 / 24,
+        "best@1": 11 / 24,
+        "best@2": (1 + 1 / 2 + 0 + 5 / 6 + 1 + 1 / 2) / 6,
+        "best@3": (1 + 3 / 4 + 0 + 1 + 1 + 3 / 4) / 6,
+        "best@4": 5 / 6,
+        "maj@1": 11 / 24,
+        "maj@2": (1 + 1 / 4 + 0 + 1 / 2 + 3 / 4 + 1 / 2) / 6,
+        "maj@3": (1 + 0 + 0 + 1 + 1 + 0) / 6,
+        "maj@4": (1 + 0 + 0 + 1 / 2 + 1 + 1) / 6,
+        "format_error": 4 / 24,
+        "truncated": 0.0,
+        "solve_none": 1 / 6,
+        "solve_all": 1 / 6,
+    }
     # of seven words, four 4-grams a response: six-word tails differ only in the last; "I do not know the answer" has three
     grams = [(4 + 1) / 16, (4 + 2) / 16, (4 + 3) / 15, (4 + 1) / 16, (4 + 1) / 16, (3 + 4) / 13]
     expected["dist4"] = sum(grams) / 6
@@ -100,10 +117,19 @@ def test_every_metric_of_the_fixture_by_hand():
     for name, value in expected.items():
         assert result[name] == pytest.approx(value), name
     table = np.array([[answer in ("7", "7.0") for answer in row] for row in SAID])
-    assert (avg_at_k(table), best_at_k(table, 2), maj_at_k(SAID, table)) == pytest.approx((expected["avg@4"], expected["best@2"], expected["maj@4"]))
+    assert (avg_at_k(table), best_at_k(table, 2), maj_at_k(SAID, table)) == pytest.approx(
+        (expected["avg@4"], expected["best@2"], expected["maj@4"])
+    )
 
 
-@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=5), st.integers(1, n))))
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.tuples(
+            st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=5),
+            st.integers(1, n),
+        )
+    )
+)
 def test_best_at_k_is_brute_force_over_subsets(drawn):
     rows, k = drawn
     brute = np.mean([np.mean([any(chosen) for chosen in itertools.combinations(row, k)]) for row in rows])
@@ -117,13 +143,19 @@ def test_best_at_k_is_unbiased():
     assert found == pytest.approx(np.mean(1 - (1 - chances) ** 4), abs=0.02)
 
 
-@given(st.lists(st.lists(st.sampled_from("abc"), min_size=0, max_size=9), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 6))
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), min_size=0, max_size=9), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 6),
+)
 def test_distinct_n_at_equal_size_is_the_mean_over_all_draws(sequences, n, size):
-    grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
     if len(grams) < size:
         assert math.isnan(distinct_n(sequences, n, size))
     elif math.comb(len(grams), size) < 3000:
-        assert distinct_n(sequences, n, size) == pytest.approx(np.mean([len(set(d)) / size for d in itertools.combinations(grams, size)]))
+        assert distinct_n(sequences, n, size) == pytest.approx(
+            np.mean([len(set(d)) / size for d in itertools.combinations(grams, size)])
+        )
         assert distinct_n(sequences, n) == pytest.approx(len(set(grams)) / len(grams))
 
 
@@ -138,8 +170,16 @@ def test_distinct_at_equal_size_does_not_punish_length():
     assert distinct_n(long, 3, 200) == pytest.approx(distinct_n(short, 3, 200), rel=0.05)
 
 
-@pytest.mark.parametrize("call", [lambda: avg_at_k(np.zeros((0, 4))), lambda: avg_at_k([True, False]), lambda: best_at_k([[True, False]], 3), lambda: best_at_k([[True]], 0),
-                                  lambda: maj_at_k([["7"]], [[True, True]])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: avg_at_k(np.zeros((0, 4))),
+        lambda: avg_at_k([True, False]),
+        lambda: best_at_k([[True, False]], 3),
+        lambda: best_at_k([[True]], 0),
+        lambda: maj_at_k([["7"]], [[True, True]]),
+    ],
+)
 def test_metrics_say_what_is_wrong(call):
     with pytest.raises(ValueError) as caught:
         call()
@@ -147,6 +187,7 @@ def test_metrics_say_what_is_wrong(call):
 
 
 # ---- intervals
+
 
 @pytest.mark.parametrize(("problems", "least", "most"), [(100, 0.93, 0.97), (30, 0.92, 0.98)])
 def test_intervals_hold_the_truth(problems, least, most):
@@ -162,26 +203,62 @@ def test_intervals_are_a_little_wider_than_the_plain_bootstrap_and_vectorised():
     values = np.random.default_rng(0).random((3, 30))
     low, high = interval(values)
     for i, row in enumerate(values):
-        plain = stats.bootstrap((row,), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)).confidence_interval
-        assert low[i] < plain.low and plain.high < high[i] and high[i] - low[i] < 1.15 * (plain.high - plain.low)
+        plain = stats.bootstrap(
+            (row,), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)
+        ).confidence_interval
+        assert (
+            low[i] < plain.low and plain.high < high[i] and high[i] - low[i] < 1.15 * (plain.high - plain.low)
+        )
     assert np.isnan(interval([1.0])).all() and interval([0.5] * 9) == (0.5, 0.5)
 
 
 # ---- evaluate
 
+
 def test_the_table_of_samples():
-    task = Task("talk", None, Dataset.from_dict({"prompt": [[{"role": "system", "content": "Sum."}, {"role": "user", "content": str(i)}] for i in range(6)], "answer": ["7"] * 6}))
+    task = Task(
+        "talk",
+        None,
+        Dataset.from_dict(
+            {
+                "prompt": [
+                    [{"role": "system", "content": "Sum."}, {"role": "user", "content": str(i)}]
+                    for i in range(6)
+                ],
+                "answer": ["7"] * 6,
+            }
+        ),
+    )
     samples = quiet(Scripted(says), task, n=4).samples
-    assert list(samples[["problem", "sample"]].itertuples(index=False, name=None)) == [(p, s) for p in range(6) for s in range(4)]
+    assert list(samples[["problem", "sample"]].itertuples(index=False, name=None)) == [
+        (p, s) for p in range(6) for s in range(4)
+    ]
     first = samples.iloc[11].to_dict()
-    assert first | {"prompt": "system: Sum.\n\nuser: 2", "answer": "7", "response": "I do not know the answer", "tokens": 25, "truncated": False, "correct": False,
-                    "extracted": None, "set": "talk", "step": 0, "log_prob": -25.0} == first
+    assert (
+        first
+        | {
+            "prompt": "system: Sum.\n\nuser: 2",
+            "answer": "7",
+            "response": "I do not know the answer",
+            "tokens": 25,
+            "truncated": False,
+            "correct": False,
+            "extracted": None,
+            "set": "talk",
+            "step": 0,
+            "log_prob": -25.0,
+        }
+        == first
+    )
     assert first["token_ids"][-1] == 0 and first["seconds"] > 0
 
 
 def test_truncation_is_seen():
     result = quiet(Scripted(skill(1.0)), questions(3), n=2, max_new_tokens=6)
-    assert result["truncated"] == result["format_error"] == result["solve_none"] == 1 and result["length/mean"] == 6
+    assert (
+        result["truncated"] == result["format_error"] == result["solve_none"] == 1
+        and result["length/mean"] == 6
+    )
 
 
 def test_a_summary_has_the_promised_names_and_no_warning():
@@ -189,14 +266,27 @@ def test_a_summary_has_the_promised_names_and_no_warning():
         warnings.simplefilter("error")
         summary = quiet(Scripted(skill(0.5)), questions(20), n=4).summary
     assert list(summary.columns) == ["metric", "value", "low", "high"]
-    assert summary["metric"].tolist() == ["avg@4", "best@4", "maj@4", "dist4", "distinct_4", "length/mean", "truncated", "format_error", "solve_none", "solve_all"]
+    assert summary["metric"].tolist() == [
+        "avg@4",
+        "best@4",
+        "maj@4",
+        "dist4",
+        "distinct_4",
+        "length/mean",
+        "truncated",
+        "format_error",
+        "solve_none",
+        "solve_all",
+    ]
     held = summary.dropna()
     assert (held["low"] <= held["value"] + 1e-12).all() and (held["value"] <= held["high"] + 1e-12).all()
 
 
 def test_seeds_repeat_and_differ():
     task = questions(12)
-    one, same, other = (quiet(Scripted(skill(0.5)), task, n=2, seed=seed).samples["response"].tolist() for seed in (0, 0, 1))
+    one, same, other = (
+        quiet(Scripted(skill(0.5)), task, n=2, seed=seed).samples["response"].tolist() for seed in (0, 0, 1)
+    )
     assert one == same != other
 
 
@@ -221,7 +311,9 @@ def test_it_goes_on_with_another_batch_size(tmp_path):
     with pytest.raises(ConnectionError):
         quiet(sampler, questions(17), n=4, path=tmp_path / "a.parquet")
     sampler.batch_size = 20
-    assert len(quiet(sampler, questions(17), n=4, path=tmp_path / "a.parquet").samples) == 68 and sorted(map(int, sampler.asked)) == list(range(17))
+    assert len(quiet(sampler, questions(17), n=4, path=tmp_path / "a.parquet").samples) == 68 and sorted(
+        map(int, sampler.asked)
+    ) == list(range(17))
 
 
 @pytest.mark.parametrize("change", [dict(n=2), dict(temperature=1.0), dict(seed=1), dict(max_new_tokens=9)])
@@ -235,7 +327,11 @@ def test_other_settings_are_refused(tmp_path, change, fails_at):
     with pytest.raises(ValueError, match=f"{next(iter(change))}=.*use another path"):
         quiet(sampler, questions(5), **(asked | change))
     with pytest.raises(ValueError, match="checksum|problems|set"):
-        quiet(sampler, Task("letters", None, questions(6).test.select(range(1, 6))), **(asked | dict(max_new_tokens=80)))
+        quiet(
+            sampler,
+            Task("letters", None, questions(6).test.select(range(1, 6))),
+            **(asked | dict(max_new_tokens=80)),
+        )
 
 
 def test_another_model_is_refused(tmp_path):
@@ -251,15 +347,33 @@ def test_another_model_is_refused(tmp_path):
 
 def test_a_torn_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    for call in (lambda: Evaluation.load(tmp_path / "a.parquet"), lambda: Evaluation.load(tmp_path / "none.parquet"), lambda: quiet(Scripted(says), questions(6), n=4, path=tmp_path / "a.parquet")):
+    for call in (
+        lambda: Evaluation.load(tmp_path / "a.parquet"),
+        lambda: Evaluation.load(tmp_path / "none.parquet"),
+        lambda: quiet(Scripted(says), questions(6), n=4, path=tmp_path / "a.parquet"),
+    ):
         with pytest.raises(ValueError, match="cannot be read as samples") as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("task", "options", "message"), [
-    (Task("dapo", questions(2).test, None), {}, "has no test problems"), (questions(2), dict(n=0), "n=0"), (questions(2), dict(n=2, ks=(3,)), "ks="),
-    (Task("bare", None, Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]], "answer": [None]})), {}, "has no answer")])
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        (Task("dapo", questions(2).test, None), {}, "has no test problems"),
+        (questions(2), dict(n=0), "n=0"),
+        (questions(2), dict(n=2, ks=(3,)), "ks="),
+        (
+            Task(
+                "bare",
+                None,
+                Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]], "answer": [None]}),
+            ),
+            {},
+            "has no answer",
+        ),
+    ],
+)
 def test_bad_questions_are_refused(task, options, message):
     with pytest.raises(ValueError, match=message):
         quiet(Scripted(skill(1.0)), task, **options)
@@ -270,7 +384,11 @@ def test_a_saved_evaluation_loads_again(tmp_path):
     assert result.save(tmp_path / "deep" / "a.parquet") == tmp_path / "deep" / "a.parquet"
     again = Evaluation.load(tmp_path / "deep" / "a.parquet")
     pd.testing.assert_frame_equal(again.summary, result.summary)
-    assert again.settings == result.settings and again.ks == (2, 4) and again.samples["extracted"].iloc[11] is None
+    assert (
+        again.settings == result.settings
+        and again.ks == (2, 4)
+        and again.samples["extracted"].iloc[11] is None
+    )
     assert "| avg@4 | 45.8 |" in again._repr_markdown_()
     with pytest.raises(KeyError, match="avg@4"):
         again["avg@16"]
@@ -278,8 +396,11 @@ def test_a_saved_evaluation_loads_again(tmp_path):
 
 def test_tables_that_are_no_evaluation_are_refused():
     samples = quiet(Scripted(says), questions(6), n=4).samples
-    for broken, message in [(samples.drop(columns="correct"), "'correct'"), (samples.iloc[:-1], "3 to 4 samples"),
-                            (samples.assign(set=["a"] * 12 + ["b"] * 12), "holds the sets")]:
+    for broken, message in [
+        (samples.drop(columns="correct"), "'correct'"),
+        (samples.iloc[:-1], "3 to 4 samples"),
+        (samples.assign(set=["a"] * 12 + ["b"] * 12), "holds the sets"),
+    ]:
         with pytest.raises(ValueError, match=message):
             Evaluation(broken, {})
 
@@ -287,24 +408,39 @@ def test_tables_that_are_no_evaluation_are_refused():
 def test_a_table_without_token_ids_has_all_but_the_token_metric():
     samples = quiet(Scripted(says), questions(6), n=4).samples.drop(columns=["token_ids", "log_prob"])
     result = Evaluation(samples, {})
-    assert "distinct_4" not in result.by_problem and result["avg@4"] == pytest.approx(11 / 24) and result.settings["set"] == "letters"
+    assert (
+        "distinct_4" not in result.by_problem
+        and result["avg@4"] == pytest.approx(11 / 24)
+        and result.settings["set"] == "letters"
+    )
 
 
 def test_the_embedded_student_through_its_own_sampler(same, tmp_path):
     task = arithmetic(train=1, validation=1, test=20)
-    result = evaluate(HFSampler(same.student, same.tokenizer), task, n=2, path=tmp_path / "before.parquet", progress=False)
+    result = evaluate(
+        HFSampler(same.student, same.tokenizer), task, n=2, path=tmp_path / "before.parquet", progress=False
+    )
     assert len(result.samples) == 40 and result.samples["tokens"].max() <= task.max_new_tokens == 48
-    assert result.samples["response"].equals(pd.Series(same.tokenizer.batch_decode([list(ids) for ids in result.samples["token_ids"]], skip_special_tokens=True)))
+    assert result.samples["response"].equals(
+        pd.Series(
+            same.tokenizer.batch_decode(
+                [list(ids) for ids in result.samples["token_ids"]], skip_special_tokens=True
+            )
+        )
+    )
 
 
 # ---- comparisons
+
 
 def test_compare_is_scipys_permutation_test_on_the_differences():
     task = questions(40)
     a, b = quiet(Scripted(skill(0.6)), task, n=4), quiet(Scripted(skill(0.4)), task, n=4, seed=1)
     row = compare(a, b).set_index("metric").loc["avg@4"]
     difference = (a.by_problem["avg@4"] - b.by_problem["avg@4"]).to_numpy()
-    exact = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=5)
+    exact = stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=5
+    )
     assert row["difference"] == pytest.approx(difference.mean()) == pytest.approx(a["avg@4"] - b["avg@4"])
     assert row["p"] == pytest.approx(exact.pvalue, abs=0.01) and row["low"] < row["difference"] < row["high"]
     back = compare(b, a).set_index("metric").loc["avg@4"]
@@ -316,7 +452,20 @@ def test_p_values_are_uniform_where_there_is_no_difference():
     task = questions(30)
 
     def run(seed):
-        rows = [{"problem": p, "sample": s, "prompt": str(p), "response": "", "tokens": 1, "truncated": False, "correct": rng.random() < 0.5, "extracted": "7"} for p in range(30) for s in range(2)]
+        rows = [
+            {
+                "problem": p,
+                "sample": s,
+                "prompt": str(p),
+                "response": "",
+                "tokens": 1,
+                "truncated": False,
+                "correct": rng.random() < 0.5,
+                "extracted": "7",
+            }
+            for p in range(30)
+            for s in range(2)
+        ]
         return Evaluation(pd.DataFrame(rows), {})
 
     p = [compare(run(0), run(1), ["avg@2"]).loc[0, "p"] for _ in range(100)]
@@ -331,22 +480,33 @@ def test_a_run_is_not_different_from_itself():
 
 def test_token_diversity_is_compared_at_the_smaller_size():
     task = questions(12)
-    short, long = quiet(Scripted(skill(0.5)), task, n=2), quiet(Scripted(lambda text, i, rng: "ab" * 20 + skill(0.5)(text, i, rng)), task, n=2)
+    short, long = (
+        quiet(Scripted(skill(0.5)), task, n=2),
+        quiet(Scripted(lambda text, i, rng: "ab" * 20 + skill(0.5)(text, i, rng)), task, n=2),
+    )
     row = compare(long, short, ["distinct_4"]).loc[0]
     assert row["b"] == pytest.approx(short["distinct_4"]) and row["a"] != pytest.approx(long["distinct_4"])
 
 
 def test_other_problems_are_refused():
     with pytest.raises(ValueError, match="other problems"):
-        compare(quiet(Scripted(skill(0.5)), questions(5), n=1), quiet(Scripted(skill(0.5)), questions(6), n=1))
+        compare(
+            quiet(Scripted(skill(0.5)), questions(5), n=1), quiet(Scripted(skill(0.5)), questions(6), n=1)
+        )
 
 
 # ---- many runs
 
+
 @pytest.fixture(scope="module")
 def several():
     tasks = [questions(60, "set_1"), questions(40, "set_2")]
-    return {name: [quiet(Scripted(skill(chance)), task, n=4, seed=i) for task in tasks] for i, (name, chance) in enumerate({"good": 0.7, "as_good": 0.69, "bad": 0.3, "teacher": 0.95}.items())}
+    return {
+        name: [quiet(Scripted(skill(chance)), task, n=4, seed=i) for task in tasks]
+        for i, (name, chance) in enumerate(
+            {"good": 0.7, "as_good": 0.69, "bad": 0.3, "teacher": 0.95}.items()
+        )
+    }
 
 
 def test_the_table_marks_the_best_and_what_is_within_noise(several):
@@ -355,7 +515,13 @@ def test_the_table_marks_the_best_and_what_is_within_noise(several):
     for set_name in ("set_1", "set_2"):
         best = {name: rows.loc[(name, set_name, "avg@4"), "best"] for name in several}
         noise = {name: rows.loc[(name, set_name, "avg@4"), "within_noise"] for name in several}
-        assert sum(best.values()) == 1 and not best["teacher"] and not noise["teacher"] and not best["bad"] and not noise["bad"]
+        assert (
+            sum(best.values()) == 1
+            and not best["teacher"]
+            and not noise["teacher"]
+            and not best["bad"]
+            and not noise["bad"]
+        )
         assert best["good"] + best["as_good"] == noise["good"] + noise["as_good"] == 1
     assert not rows.xs("length/mean", level="metric")["best"].any() and len(table.cells()) == 4
 
@@ -363,42 +529,82 @@ def test_the_table_marks_the_best_and_what_is_within_noise(several):
 def test_the_table_in_every_format(several, tmp_path):
     table = paired_table(several, metrics=["avg@4", "format_error"], outside=["teacher"])
     lines = str(table).splitlines()
-    assert lines[0] == "| run | set_1 avg@4 | set_1 format_error | set_2 avg@4 | set_2 format_error |" and lines[2].startswith("| good | ") and "**" in lines[2] + lines[3]
+    assert (
+        lines[0] == "| run | set_1 avg@4 | set_1 format_error | set_2 avg@4 | set_2 format_error |"
+        and lines[2].startswith("| good | ")
+        and "**" in lines[2] + lines[3]
+    )
     assert all(line.count("|") == 6 for line in lines[:6]) and table._repr_markdown_() == str(table)
     latex = table.to_latex()
-    assert latex.startswith("\\begin{tabular}{lrrrr}") and "set\\_1 avg@4" in latex and "as\\_good" in latex and "\\textbf{" in latex and "$^{\\approx}$" in latex
+    assert (
+        latex.startswith("\\begin{tabular}{lrrrr}")
+        and "set\\_1 avg@4" in latex
+        and "as\\_good" in latex
+        and "\\textbf{" in latex
+        and "$^{\\approx}$" in latex
+    )
     assert all(line.endswith("\\\\") for line in latex.splitlines()[2:] if "&" in line)
     table.to_csv(tmp_path / "table.csv")
     stored = pd.read_csv(tmp_path / "table.csv")
     pd.testing.assert_frame_equal(stored, table.rows, check_dtype=False)
 
 
-@pytest.mark.parametrize(("name", "written"), [("t2", ["t2.csv", "t2.md", "t2.tex"]), ("v0.2", ["v0.2.csv", "v0.2.md", "v0.2.tex"]), ("t2.tex", ["t2.tex"]), ("t2.md", ["t2.md"]),
-                                               ("t2.csv", ["t2.csv"])])
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("t2", ["t2.csv", "t2.md", "t2.tex"]),
+        ("v0.2", ["v0.2.csv", "v0.2.md", "v0.2.tex"]),
+        ("t2.tex", ["t2.tex"]),
+        ("t2.md", ["t2.md"]),
+        ("t2.csv", ["t2.csv"]),
+    ],
+)
 def test_an_exported_table_is_the_table(several, tmp_path, name, written):
     table = paired_table(several, metrics=["avg@4"], outside=["teacher"])
     files = export_table(table, tmp_path / "deep" / name)
-    assert sorted(file.name for file in files) == written == sorted(file.name for file in (tmp_path / "deep").iterdir())
-    wanted = {".md": f"{table.to_markdown()}\n", ".tex": f"{LATEX_NOTE}\n{table.to_latex()}\n", ".csv": table.to_csv()}
-    assert all(file.read_text("utf-8") == wanted[file.suffix] for file in files) and LATEX_NOTE.startswith("%") and "\n" not in LATEX_NOTE
+    assert (
+        sorted(file.name for file in files)
+        == written
+        == sorted(file.name for file in (tmp_path / "deep").iterdir())
+    )
+    wanted = {
+        ".md": f"{table.to_markdown()}\n",
+        ".tex": f"{LATEX_NOTE}\n{table.to_latex()}\n",
+        ".csv": table.to_csv(),
+    }
+    assert (
+        all(file.read_text("utf-8") == wanted[file.suffix] for file in files)
+        and LATEX_NOTE.startswith("%")
+        and "\n" not in LATEX_NOTE
+    )
 
 
 def test_the_formats_mark_the_same_cells(several):
     table = paired_table(several, metrics=["avg@4", "truncated"], outside=["teacher"])
-    markdown = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in str(table).splitlines()[2:6]]
-    latex = [[cell.strip() for cell in line.removesuffix(r"\\").split("&")][1:] for line in table.to_latex().splitlines()[4:8]]
+    markdown = [
+        [cell.strip() for cell in line.strip("|").split("|")][1:] for line in str(table).splitlines()[2:6]
+    ]
+    latex = [
+        [cell.strip() for cell in line.removesuffix(r"\\").split("&")][1:]
+        for line in table.to_latex().splitlines()[4:8]
+    ]
     for rows in zip(markdown, latex, strict=True):
         for cell, other in zip(*rows, strict=True):
             assert ("**" in cell, "≈" in cell) == ("textbf" in other, "approx" in other)
             assert cell.strip("*≈ ") in other
-    assert sum("**" in cell for row in markdown for cell in row) >= 2 and any("≈" in cell for row in markdown for cell in row)
+    assert sum("**" in cell for row in markdown for cell in row) >= 2 and any(
+        "≈" in cell for row in markdown for cell in row
+    )
 
 
 def test_names_with_signs_of_both_languages(several):
     rows = several["good"]
     table = paired_table({r"runs\a_1|50%~{x}^2 & #$": rows, "plain": several["bad"]}, metrics=["avg@4"])
     line = table.to_latex().splitlines()[4]
-    assert line.startswith(r"runs\textbackslash{}a\_1|50\%\textasciitilde{}\{x\}\textasciicircum{}2 \& \#\$ & ") and line.replace(r"\&", "").count("&") == 2
+    assert (
+        line.startswith(r"runs\textbackslash{}a\_1|50\%\textasciitilde{}\{x\}\textasciicircum{}2 \& \#\$ & ")
+        and line.replace(r"\&", "").count("&") == 2
+    )
     assert str(table).splitlines()[2].replace(r"\|", "").count("|") == 4
 
 

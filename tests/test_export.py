@@ -1,4 +1,5 @@
 """What is exported is a plain model folder with the student's own answers, or nothing at all."""
+
 import json
 import shutil
 
@@ -7,19 +8,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd_nb.checkpoints import checkpoints_of, seal
 from oprd_nb.core import set_seed
-from oprd_nb.export import checkpoint_of, export_model, merged, model_folder
-from oprd_nb.models import EMBEDDED, embedded, is_adapter_folder, load_model
-from oprd_nb.objectives import FullKL
-from oprd_nb.rollouts import HFSampler
+from oprd_nb.models.loading import EMBEDDED, is_adapter_folder, load_model
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.output_space import FullKL
+from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.training.checkpoints import checkpoints_of, write_manifest
+from oprd_nb.training.export import checkpoint_of, export_model, merged, model_folder
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
 
 def adapted(model, seed=0):
     set_seed(seed)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)).eval()
+    return get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
 
 
 def greedy(model, tokenizer, prompts):
@@ -28,18 +32,56 @@ def greedy(model, tokenizer, prompts):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_run_folder_becomes_a_model_with_the_same_answers(kind, same, tmp_path):
-    args = OPRDConfig(str(tmp_path / "run"), max_steps=3, learning_rate=3e-3, per_device_train_batch_size=8, gradient_accumulation_steps=1, num_generations=1,
-                      max_completion_length=40, bf16=False, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="steps", save_steps=3)
-    trainer = OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.tokenizer), objective=FullKL(), args=args, train_dataset=same.task.train,
-                          processing_class=same.tokenizer, peft_config=LoraConfig(r=8, target_modules="all-linear") if kind == "lora" else None)
+    args = OPRDConfig(
+        str(tmp_path / "run"),
+        max_steps=3,
+        learning_rate=3e-3,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        num_generations=1,
+        max_completion_length=40,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="steps",
+        save_steps=3,
+    )
+    trainer = OPRDTrainer(
+        model=same.student,
+        teacher=Teacher(same.teacher, same.tokenizer),
+        objective=FullKL(),
+        args=args,
+        train_dataset=same.task.train,
+        processing_class=same.tokenizer,
+        peft_config=LoraConfig(r=8, target_modules="all-linear") if kind == "lora" else None,
+    )
     trainer.train()
     out = export_model(tmp_path / "run", tmp_path / "plain")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out, padding_side="left")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out),
+        AutoTokenizer.from_pretrained(out, padding_side="left"),
+    )
     prompts = same.task.test["prompt"][:32]
     answers = greedy(trainer.model, same.tokenizer, prompts)
-    assert greedy(model, tokenizer, prompts) == answers != greedy(embedded("same").student, same.tokenizer, prompts)
-    assert tokenizer.chat_template == same.tokenizer.chat_template and model.generation_config.eos_token_id == embedded("same").student.generation_config.eos_token_id
-    assert {p.name for p in out.iterdir()} == {"chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert (
+        greedy(model, tokenizer, prompts)
+        == answers
+        != greedy(embedded("same").student, same.tokenizer, prompts)
+    )
+    assert (
+        tokenizer.chat_template == same.tokenizer.chat_template
+        and model.generation_config.eos_token_id == embedded("same").student.generation_config.eos_token_id
+    )
+    assert {p.name for p in out.iterdir()} == {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "run"]
 
 
@@ -60,7 +102,11 @@ def test_adapters_can_stay_adapters(same, tmp_path):
 
 def test_adapters_of_a_quantised_student_go_into_the_unquantised_base(tmp_path):
     wide = embedded("cross_architecture")
-    student = load_model("embedded/teacher_wide", lora=LoraConfig(r=4, lora_alpha=1, target_modules="all-linear", init_lora_weights=False), quantize="nf4")
+    student = load_model(
+        "embedded/teacher_wide",
+        lora=LoraConfig(r=4, lora_alpha=1, target_modules="all-linear", init_lora_weights=False),
+        quantize="nf4",
+    )
     with pytest.raises(ValueError, match="weights are quantised"):
         export_model(student, tmp_path / "no", tokenizer=wide.teacher_tokenizer)
     student.save_pretrained(tmp_path / "adapters")
@@ -68,31 +114,41 @@ def test_adapters_of_a_quantised_student_go_into_the_unquantised_base(tmp_path):
     out = export_model(tmp_path / "adapters", tmp_path / "plain")
     ids = torch.arange(9)[None]
     wanted = load_model(tmp_path / "adapters")(ids).logits
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(ids).logits, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(out)(ids).logits, wanted, rtol=0, atol=1e-4
+    )
     assert not (tmp_path / "no").exists()
 
 
 def run_with(folder, best=None, steps=(1, 2)):
     for step in steps:
         shutil.copytree(EMBEDDED / "student", folder / f"checkpoint-{step}")
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": best}))
-        seal(folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(
+            json.dumps({"best_model_checkpoint": best})
+        )
+        write_manifest(folder / f"checkpoint-{step}")
     return folder
 
 
 def test_the_best_checkpoint_is_meant_where_one_was_chosen(tmp_path):
     assert checkpoint_of(run_with(tmp_path / "a")).name == "checkpoint-2"
     run = run_with(tmp_path / "b", best="/elsewhere/checkpoint-1")
-    assert checkpoint_of(run).name == "checkpoint-1" and model_folder(run / "checkpoint-2") == str(run / "checkpoint-2")
+    assert checkpoint_of(run).name == "checkpoint-1" and model_folder(run / "checkpoint-2") == str(
+        run / "checkpoint-2"
+    )
     (run / "checkpoint-1" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="best checkpoint checkpoint-1 is not whole"):
         checkpoint_of(run)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda folder: (folder / "checkpoint-1").mkdir(parents=True), "without a whole checkpoint"), (lambda folder: folder.mkdir(), "cannot be loaded"),
-    (lambda folder: None, "cannot be loaded"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: (folder / "checkpoint-1").mkdir(parents=True), "without a whole checkpoint"),
+        (lambda folder: folder.mkdir(), "cannot be loaded"),
+        (lambda folder: None, "cannot be loaded"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*not used")
 def test_a_source_that_cannot_be_used_leaves_nothing(make, message, tmp_path):
     make(tmp_path / "run")

@@ -1,4 +1,5 @@
 """Adapters: the same loss as merged weights, only adapters move, the base as teacher in one set of weights, and quantised students that learn, save and load."""
+
 import copy
 import json
 
@@ -10,19 +11,31 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oprd_nb.core import set_seed
-from oprd_nb.models import embedded, is_adapter_folder, load_model
-from oprd_nb.objectives import FullKL, Representation, SampledTokenKL, TopKKL, loss_of
-from oprd_nb.rollouts import HFSampler, ReplaySampler
+from oprd_nb.models.loading import is_adapter_folder, load_model
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.objective import loss_of
+from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.teachers import Teacher, without_adapters
-from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
-TERMS = [Representation(positions="all"), Representation("2,4", distance="mse"), SampledTokenKL(), TopKKL(4), FullKL(), FullKL("jsd") + 3 * Representation()]
+TERMS = [
+    Representation(positions="all"),
+    Representation("2,4", distance="mse"),
+    SampledTokenKL(),
+    TopKKL(4),
+    FullKL(),
+    FullKL("jsd") + 3 * Representation(),
+]
 
 
 def adapted(model, seed=0, trained=True, **options):
     """LoRA on all linear layers; `trained`: with adapters that are not zero."""
     set_seed(seed)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=not trained, **options))
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=not trained, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +50,13 @@ def test_adapters_and_merged_weights_have_the_same_loss(term, rollouts):
     teacher = Teacher(pair.teacher, pair.tokenizer)
     student = adapted(pair.student)
     loss, metrics = loss_of(term, student, teacher, rollouts, pair.tokenizer)
-    merged_loss, merged_metrics = loss_of(term, copy.deepcopy(student).merge_and_unload(), teacher, rollouts, pair.tokenizer)
-    assert abs(loss - merged_loss) <= 1e-5 and loss != loss_of(term, embedded("same").student, teacher, rollouts, pair.tokenizer)[0]
+    merged_loss, merged_metrics = loss_of(
+        term, copy.deepcopy(student).merge_and_unload(), teacher, rollouts, pair.tokenizer
+    )
+    assert (
+        abs(loss - merged_loss) <= 1e-5
+        and loss != loss_of(term, embedded("same").student, teacher, rollouts, pair.tokenizer)[0]
+    )
     assert all(abs(value - merged_metrics[name]) <= 1e-5 for name, value in metrics.items())
 
 
@@ -49,7 +67,9 @@ def test_adapters_of_zero_have_no_loss_against_the_base(term, rollouts):
     loss, _ = loss_of(term, student, Teacher.of_base(student, pair.tokenizer), rollouts, pair.tokenizer)
     assert abs(loss) <= 1e-6
     moved = adapted(embedded("same").student)
-    assert loss_of(term, moved, Teacher.of_base(moved, pair.tokenizer), rollouts, pair.tokenizer)[0] > 1e-3 or isinstance(term, SampledTokenKL)
+    assert loss_of(term, moved, Teacher.of_base(moved, pair.tokenizer), rollouts, pair.tokenizer)[
+        0
+    ] > 1e-3 or isinstance(term, SampledTokenKL)
 
 
 def test_the_base_as_teacher_is_the_base_loaded_apart(rollouts):
@@ -85,13 +105,38 @@ def test_modules_trained_whole_are_switched_off_as_well():
 
 
 def trained(folder, student, teacher, tokenizer, prompts, term, sampler=None, **changes):
-    options = dict(learning_rate=2e-2, max_steps=3, per_device_train_batch_size=8, gradient_accumulation_steps=1, num_generations=1, max_completion_length=30, bf16=False,
-                   gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, weight_decay=0.5, use_cpu=True, report_to="none")
+    options = dict(
+        learning_rate=2e-2,
+        max_steps=3,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        num_generations=1,
+        max_completion_length=30,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        weight_decay=0.5,
+        use_cpu=True,
+        report_to="none",
+    )
     peft_config = changes.pop("peft_config", None)
-    trainer = OPRDTrainer(model=student, teacher=teacher, objective=term, args=OPRDConfig(str(folder), **(options | changes)), train_dataset=prompts, processing_class=tokenizer,
-                          sampler=sampler, peft_config=peft_config)
+    trainer = OPRDTrainer(
+        model=student,
+        teacher=teacher,
+        objective=term,
+        args=OPRDConfig(str(folder), **(options | changes)),
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        sampler=sampler,
+        peft_config=peft_config,
+    )
     trainer.train()
-    return trainer, [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    return trainer, [
+        line
+        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -99,22 +144,55 @@ def trained(folder, student, teacher, tokenizer, prompts, term, sampler=None, **
 def test_a_run_against_its_own_base_moves_adapters_only(inside, checkpointing, same, tmp_path):
     before = {name: p.clone() for name, p in same.student.named_parameters()}
     student = same.student if inside else adapted(same.student, lora_alpha=2)
-    config = LoraConfig(r=4, lora_alpha=2, target_modules="all-linear", init_lora_weights=False) if inside else None
-    trainer, lines = trained(tmp_path, student, Teacher.of_base(student, same.tokenizer), same.tokenizer, same.task.train, FullKL() + Representation("2"), peft_config=config,
-                             gradient_checkpointing=checkpointing, max_steps=16, learning_rate=1e-2)
-    assert lines[0]["loss"] > 1e-3 and lines[-1]["loss"] < lines[0]["loss"]  # adapters drawn at random are pulled back to the base
-    names = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in trainer.model.named_parameters()}
+    config = (
+        LoraConfig(r=4, lora_alpha=2, target_modules="all-linear", init_lora_weights=False)
+        if inside
+        else None
+    )
+    trainer, lines = trained(
+        tmp_path,
+        student,
+        Teacher.of_base(student, same.tokenizer),
+        same.tokenizer,
+        same.task.train,
+        FullKL() + Representation("2"),
+        peft_config=config,
+        gradient_checkpointing=checkpointing,
+        max_steps=16,
+        learning_rate=1e-2,
+    )
+    assert (
+        lines[0]["loss"] > 1e-3 and lines[-1]["loss"] < lines[0]["loss"]
+    )  # adapters drawn at random are pulled back to the base
+    names = {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p
+        for name, p in trainer.model.named_parameters()
+    }
     assert all(names[name].equal(p) for name, p in before.items())
     assert trainer.teacher_model is None
 
 
 def test_weights_shared_by_accident_are_refused(same, tmp_path):
     with pytest.raises(ValueError, match="teacher: shares weights with the student"):
-        trained(tmp_path / "a", same.student, Teacher(same.student, same.tokenizer), same.tokenizer, same.task.train, FullKL(),
-                peft_config=LoraConfig(r=4, target_modules="all-linear"))
+        trained(
+            tmp_path / "a",
+            same.student,
+            Teacher(same.student, same.tokenizer),
+            same.tokenizer,
+            same.task.train,
+            FullKL(),
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
     other = embedded("same").student
     with pytest.raises(ValueError, match="was given another model than the student"):
-        trained(tmp_path / "b", adapted(embedded("same").student), Teacher.of_base(adapted(other), same.tokenizer), same.tokenizer, same.task.train, FullKL())
+        trained(
+            tmp_path / "b",
+            adapted(embedded("same").student),
+            Teacher.of_base(adapted(other), same.tokenizer),
+            same.tokenizer,
+            same.task.train,
+            FullKL(),
+        )
     assert not any(tmp_path.iterdir())
 
 
@@ -123,8 +201,16 @@ def test_adapters_drawn_by_the_trainer_depend_on_its_seed_alone(tmp_path):
     for noise in (1, 2):
         pair = embedded("same")
         torch.manual_seed(noise)
-        trainer, _ = trained(tmp_path / str(noise), pair.student, Teacher(pair.teacher, pair.tokenizer), pair.tokenizer, pair.task.train, FullKL(), max_steps=1,
-                             peft_config=LoraConfig(r=4, target_modules="all-linear"))
+        trainer, _ = trained(
+            tmp_path / str(noise),
+            pair.student,
+            Teacher(pair.teacher, pair.tokenizer),
+            pair.tokenizer,
+            pair.task.train,
+            FullKL(),
+            max_steps=1,
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
         drawn.append({name: p.detach() for name, p in trainer.model.named_parameters() if "lora_" in name})
     assert all(drawn[1][name].equal(p) for name, p in drawn[0].items())
 
@@ -134,7 +220,17 @@ def quantisable(tmp_path):
     """A folder with a tiny Qwen3 whose widths bitsandbytes accepts on a CPU, and the embedded tokenizer's vocabulary."""
     vocabulary = len(embedded("same").tokenizer)
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=16,
+        )
+    )
     model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -146,22 +242,47 @@ def test_a_quantised_student_learns_saves_and_loads(quantize, quantisable, rollo
     teacher = load_model(quantisable, dtype=torch.float32)
     with torch.no_grad():
         for p in teacher.parameters():
-            p.add_(0.3 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) if p.ndim > 1 else 0)
-    student = load_model(quantisable, lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), quantize=quantize, dtype=torch.float32)
+            p.add_(
+                0.3 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+                if p.ndim > 1
+                else 0
+            )
+    student = load_model(
+        quantisable,
+        lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        quantize=quantize,
+        dtype=torch.float32,
+    )
     stored = {name: p.clone() for name, p in student.named_parameters() if "lora_" not in name}
-    trainer, lines = trained(tmp_path / "run", student, Teacher(teacher, tokenizer), tokenizer, Dataset.from_list(list(set_)), Representation(positions="all"),
-                             ReplaySampler(rollouts, tokenizer), max_steps=30, per_device_train_batch_size=16, learning_rate=1e-2, save_strategy="steps", save_steps=30)
+    trainer, lines = trained(
+        tmp_path / "run",
+        student,
+        Teacher(teacher, tokenizer),
+        tokenizer,
+        Dataset.from_list(list(set_)),
+        Representation(positions="all"),
+        ReplaySampler(rollouts, tokenizer),
+        max_steps=30,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=30,
+    )
     assert lines[-1]["loss"] < lines[0]["loss"] / 2, [round(line["loss"], 4) for line in lines[::5]]
     assert all(p.equal(stored[name]) for name, p in student.named_parameters() if "lora_" not in name)
     checkpoint = tmp_path / "run" / "checkpoint-30"
     again = load_model(checkpoint, quantize=quantize, dtype=torch.float32)
     ids = rollouts.input_ids[:4]
     with torch.no_grad():
-        assert is_adapter_folder(checkpoint) and torch.equal(trainer.model.eval()(ids).logits, again(ids).logits)
+        assert is_adapter_folder(checkpoint) and torch.equal(
+            trainer.model.eval()(ids).logits, again(ids).logits
+        )
 
 
 def test_an_adapter_folder_is_not_wrapped_again(same, tmp_path):
     adapted(same.student).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has adapters already"):
         load_model(tmp_path, lora=LoraConfig(r=2))
-    assert {name for name, p in load_model(tmp_path).named_parameters() if p.requires_grad} == {name for name, p in adapted(embedded("same").student).named_parameters() if p.requires_grad}
+    assert {name for name, p in load_model(tmp_path).named_parameters() if p.requires_grad} == {
+        name for name, p in adapted(embedded("same").student).named_parameters() if p.requires_grad
+    }

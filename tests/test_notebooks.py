@@ -1,4 +1,5 @@
 """Every notebook runs from top to bottom, counted one by one; and what is saved in it is small and clean."""
+
 import json
 import os
 import subprocess
@@ -25,7 +26,13 @@ def test_notebook_is_small_and_clean(path):
     content = json.loads(path.read_text())
     assert path.stat().st_size <= 400_000
     assert "widgets" not in content["metadata"]
-    errors = [o for c in content["cells"] if c["cell_type"] == "code" for o in c["outputs"] if o["output_type"] == "error"]
+    errors = [
+        o
+        for c in content["cells"]
+        if c["cell_type"] == "code"
+        for o in c["outputs"]
+        if o["output_type"] == "error"
+    ]
     assert not errors
 
 
@@ -34,11 +41,23 @@ def test_package_and_notebooks_agree():
 
 
 def test_readme_is_the_index_notebook():
-    written = subprocess.run([sys.executable, ROOT / "tests" / "write_readme.py", "--print"], capture_output=True, text=True, check=True, env=os.environ).stdout
+    written = subprocess.run(
+        [sys.executable, ROOT / "tools" / "write_readme.py", "--print"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+    ).stdout
     assert (ROOT / "README.md").read_text() == written
 
 
 def test_exported_cells_stay_short():
-    long = {f"{path.name}: {''.join(c['source']).splitlines()[1]}": n for path in NOTEBOOKS for c in json.loads(path.read_text())["cells"]
-            if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| export") and (n := len("".join(c["source"]).splitlines())) > 60}
+    long = {
+        f"{path.name}: {''.join(c['source']).splitlines()[1]}": n
+        for path in NOTEBOOKS
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == "code"
+        and "".join(c["source"]).startswith("#| export")
+        and (n := len("".join(c["source"]).splitlines())) > 60
+    }
     assert not long

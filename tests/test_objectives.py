@@ -1,4 +1,5 @@
 """Each loss against a from-scratch float64 reference, its gradient against finite differences, its estimator against a chi-squared test."""
+
 import math
 
 import numpy as np
@@ -10,38 +11,62 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from oprd_nb.capture import FINAL, backbone_of, blocks_of, capture_each, lm_head_of
 from oprd_nb.core import Rollouts
-from oprd_nb.models import embedded
-from oprd_nb.objectives import (
-    FullKL,
-    Objective,
-    Representation,
-    Rows,
-    SampledTokenKL,
-    TopKKL,
-    as_objective,
-    combine,
-    loss_of,
-    plan,
-)
-from oprd_nb.pairing import identity_pairs
-from oprd_nb.rollouts import HFSampler
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.objective import combine, loss_of, plan
+from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.objectives.terms import Objective, Rows, as_objective
+from oprd_nb.pairing.positions import identity_pairs
+from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
 
 TERMS = [
-    Representation(layers="all", positions="last:3", distance="mse"), Representation(layers="even", positions="first:2"),
-    Representation(layers="1", positions="all", distance="normalized_mse_paper"), Representation(layers="last", distance="cosine", predicting=True),
-    Representation(distance="normalized_mse", final_norm=False), SampledTokenKL(), SampledTokenKL(control_variate=True), TopKKL(3),
-    TopKKL(3, renormalize=False), TopKKL(1), TopKKL(500), FullKL(), FullKL("forward"), FullKL("jsd"), FullKL("jsd", beta=0.2, positions="last:2"),
+    Representation(layers="all", positions="last:3", distance="mse"),
+    Representation(layers="even", positions="first:2"),
+    Representation(layers="1", positions="all", distance="normalized_mse_paper"),
+    Representation(layers="last", distance="cosine", predicting=True),
+    Representation(distance="normalized_mse", final_norm=False),
+    SampledTokenKL(),
+    SampledTokenKL(control_variate=True),
+    TopKKL(3),
+    TopKKL(3, renormalize=False),
+    TopKKL(1),
+    TopKKL(500),
+    FullKL(),
+    FullKL("forward"),
+    FullKL("jsd"),
+    FullKL("jsd", beta=0.2, positions="last:2"),
 ]
-RESPONSES = [[10, 11, 12, 2], [13, 14, 15, 16, 17, 2], [18], [19, 20, 21]]  # a one-token response, and two that never end
+RESPONSES = [
+    [10, 11, 12, 2],
+    [13, 14, 15, 16, 17, 2],
+    [18],
+    [19, 20, 21],
+]  # a one-token response, and two that never end
 PROMPTS = [[3, 4, 5, 6], [7], [8, 9], [3, 9]]
 
 
 def tiny_gpt2(seed, layers=3, width=32, vocab_size=40):
     """GPT-2 and not Qwen3: its LayerNorm stays in float64, where RMSNorm computes in float32 and blurs finite differences."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=width, n_layer=layers, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0,
-                                       attn_pdrop=0, tie_word_embeddings=False, initializer_range=0.2)).double().eval()
+    return (
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_embd=width,
+                n_layer=layers,
+                n_head=4,
+                n_positions=64,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+                tie_word_embeddings=False,
+                initializer_range=0.2,
+            )
+        )
+        .double()
+        .eval()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +90,23 @@ def loss(objective, student, teacher, rollouts, counts=None):
     objective = as_objective(objective)
     pairs = identity_pairs(rollouts)
     wanted = plan(objective, pairs, 3, 3)
-    ours = capture_each(student, rollouts.input_ids, rollouts.attention_mask, wanted.student, objective.final_norm)
+    ours = capture_each(
+        student, rollouts.input_ids, rollouts.attention_mask, wanted.student, objective.final_norm
+    )
     with torch.no_grad():
-        theirs = capture_each(teacher, rollouts.input_ids, rollouts.attention_mask, wanted.teacher_rows, objective.final_norm)
+        theirs = capture_each(
+            teacher, rollouts.input_ids, rollouts.attention_mask, wanted.teacher_rows, objective.final_norm
+        )
     counts = objective.counts(pairs) if counts is None else counts
-    return combine(objective, wanted, ours, theirs, (lm_head_of(student), lm_head_of(teacher)), rollouts.input_ids, counts)[0]
+    return combine(
+        objective,
+        wanted,
+        ours,
+        theirs,
+        (lm_head_of(student), lm_head_of(teacher)),
+        rollouts.input_ids,
+        counts,
+    )[0]
 
 
 def chosen(term, n):
@@ -89,10 +126,17 @@ def reference_row(term, student_out, teacher_out, t, token):
             a, b = (_layer(out, layer, term.final_norm)[at] for out in (student_out, teacher_out))
             unit = [x / math.sqrt(float((x * x).sum())) for x in (a, b)]
             cos = float((unit[0] * unit[1]).sum())
-            total += {"mse": float(((a - b) ** 2).sum()) / len(a), "normalized_mse": 2 * (1 - cos), "normalized_mse_paper": 2 * (1 - cos) / len(a),
-                      "cosine": 1 - cos}[term.distance]
+            total += {
+                "mse": float(((a - b) ** 2).sum()) / len(a),
+                "normalized_mse": 2 * (1 - cos),
+                "normalized_mse_paper": 2 * (1 - cos) / len(a),
+                "cosine": 1 - cos,
+            }[term.distance]
         return total / len(ids)
-    p, q = (torch.exp(out.logits[0, t - 1] - torch.logsumexp(out.logits[0, t - 1], 0)) for out in (student_out, teacher_out))
+    p, q = (
+        torch.exp(out.logits[0, t - 1] - torch.logsumexp(out.logits[0, t - 1], 0))
+        for out in (student_out, teacher_out)
+    )
     if isinstance(term, SampledTokenKL):
         return float(torch.log(p[token]) - torch.log(q[token]))
     if isinstance(term, TopKKL):
@@ -115,7 +159,12 @@ def _layer(out, layer, final_norm):
 def outputs(model, ids):
     """Transformers' own outputs, and each block's raw output (before the final norm)."""
     raw = {}
-    handles = [b.register_forward_hook(lambda m, a, o, i=i: raw.__setitem__(i, (o[0] if isinstance(o, tuple) else o)[0])) for i, b in enumerate(blocks_of(backbone_of(model))[1], 1)]
+    handles = [
+        b.register_forward_hook(
+            lambda m, a, o, i=i: raw.__setitem__(i, (o[0] if isinstance(o, tuple) else o)[0])
+        )
+        for i, b in enumerate(blocks_of(backbone_of(model))[1], 1)
+    ]
     with torch.no_grad():
         out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
     for handle in handles:
@@ -131,9 +180,15 @@ def test_equals_a_reference_written_from_the_formula(term, reduction, models, ro
     rows = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         outs = [outputs(model, prompt + response) for model in models]
-        rows.append([reference_row(term, *outs, len(prompt) + i, response[i]) for i in chosen(term, len(response))])
+        rows.append(
+            [reference_row(term, *outs, len(prompt) + i, response[i]) for i in chosen(term, len(response))]
+        )
     flat = [value for row in rows for value in row]
-    expected = sum(flat) / len(flat) if reduction == "token" else sum(sum(row) / len(row) for row in rows) / len(rows)
+    expected = (
+        sum(flat) / len(flat)
+        if reduction == "token"
+        else sum(sum(row) / len(row) for row in rows) / len(rows)
+    )
     value = loss(as_objective(term).with_reduction(reduction), *models, rollouts).item()
     assert value == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
@@ -159,11 +214,18 @@ def projected_gradients(term, models, rollouts, draws, projections=50):
     """Gradients of the term, prefixes fixed and tokens redrawn at temperature 1, on random directions; and the exact KL gradient's."""
     student, teacher = models
     mask = term.rows(identity_pairs(rollouts))
-    states = [capture_each(m, rollouts.input_ids, rollouts.attention_mask, {FINAL: mask})[FINAL] for m in models]
+    states = [
+        capture_each(m, rollouts.input_ids, rollouts.attention_mask, {FINAL: mask})[FINAL] for m in models
+    ]
     heads = (lm_head_of(student), lm_head_of(teacher))
     p = heads[0](states[0]).softmax(-1).detach()
     parameters = [x for x in student.parameters() if x.requires_grad]
-    directions = torch.randn(projections, sum(x.numel() for x in parameters), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    directions = torch.randn(
+        projections,
+        sum(x.numel() for x in parameters),
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(1),
+    )
 
     def gradient(value):
         grads = torch.autograd.grad(value, parameters, retain_graph=True)
@@ -174,7 +236,10 @@ def projected_gradients(term, models, rollouts, draws, projections=50):
 
     generator = torch.Generator().manual_seed(2)
     exact = gradient(FullKL().per_row(rows(p.argmax(-1)))[0].sum())
-    samples = [gradient(term.per_row(rows(torch.multinomial(p, 1, generator=generator)[:, 0]))[0].sum()) for _ in range(draws)]
+    samples = [
+        gradient(term.per_row(rows(torch.multinomial(p, 1, generator=generator)[:, 0]))[0].sum())
+        for _ in range(draws)
+    ]
     return torch.stack(samples).numpy(), exact.numpy()
 
 
@@ -189,20 +254,28 @@ def p_value(samples, expected):
 def long_rollouts():
     """4 responses x 20 tokens, so that the noise spans more than the 50 directions."""
     generator = torch.Generator().manual_seed(3)
-    return Rollouts.from_ids(PROMPTS, torch.randint(3, 20, (4, 20), generator=generator).tolist(), pad_token_id=2)
+    return Rollouts.from_ids(
+        PROMPTS, torch.randint(3, 20, (4, 20), generator=generator).tolist(), pad_token_id=2
+    )
 
 
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_sampled_token_gradient_is_the_kl_gradient_on_average(control_variate, small_models):
-    samples, exact = projected_gradients(SampledTokenKL(control_variate=control_variate), small_models, long_rollouts(), draws=1000)
+    samples, exact = projected_gradients(
+        SampledTokenKL(control_variate=control_variate), small_models, long_rollouts(), draws=1000
+    )
     assert p_value(samples, exact) > 0.001
 
 
 def test_back_propagating_the_log_ratio_would_be_caught(small_models):
     """The classic bug: the same statistic must reject the gradient of the log-ratio itself, whose expectation is zero."""
+
     class Bug(SampledTokenKL):
         def _loss(self, student_logits, teacher_logits, tokens):
-            chosen = [x.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1) for x in (student_logits, teacher_logits)]
+            chosen = [
+                x.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+                for x in (student_logits, teacher_logits)
+            ]
             return (chosen[0] - chosen[1],)
 
     samples, exact = projected_gradients(Bug(), small_models, long_rollouts(), draws=500)
@@ -212,7 +285,9 @@ def test_back_propagating_the_log_ratio_would_be_caught(small_models):
 
 def test_control_variate_lowers_the_variance(small_models):
     plain, _ = projected_gradients(SampledTokenKL(), small_models, long_rollouts(), draws=200)
-    steadier, _ = projected_gradients(SampledTokenKL(control_variate=True), small_models, long_rollouts(), draws=200)
+    steadier, _ = projected_gradients(
+        SampledTokenKL(control_variate=True), small_models, long_rollouts(), draws=200
+    )
     assert steadier.var(0).mean() < plain.var(0).mean()
 
 
@@ -224,7 +299,10 @@ def test_pads_change_nothing(term, side, models, rollouts):
     padded = Rollouts.from_ids(PROMPTS, RESPONSES, pad_token_id=2, side=side)
     counts = as_objective(term).counts(identity_pairs(padded))
     together = loss(term, student, teacher, padded)
-    alone = sum(loss(term, student, teacher, Rollouts.from_ids([p], [r], 2), counts) for p, r in zip(PROMPTS, RESPONSES, strict=True))
+    alone = sum(
+        loss(term, student, teacher, Rollouts.from_ids([p], [r], 2), counts)
+        for p, r in zip(PROMPTS, RESPONSES, strict=True)
+    )
     assert torch.isfinite(together) and together.item() == pytest.approx(alone.item(), rel=1e-6, abs=1e-10)
 
 
@@ -236,8 +314,20 @@ def test_micro_batches_add_up(term, reduction, models, rollouts):
     counts = objective.counts(identity_pairs(rollouts))
     weights = [p for p in student.parameters()]
     whole = torch.autograd.grad(loss(objective, student, teacher, rollouts), weights, allow_unused=True)
-    parts = [torch.autograd.grad(loss(objective, student, teacher, Rollouts.from_ids(PROMPTS[i:i + 2], RESPONSES[i:i + 2], 2), counts), weights, allow_unused=True)
-             for i in (0, 2)]
+    parts = [
+        torch.autograd.grad(
+            loss(
+                objective,
+                student,
+                teacher,
+                Rollouts.from_ids(PROMPTS[i : i + 2], RESPONSES[i : i + 2], 2),
+                counts,
+            ),
+            weights,
+            allow_unused=True,
+        )
+        for i in (0, 2)
+    ]
     for w, a, b in zip(whole, *parts, strict=True):
         if w is not None:
             torch.testing.assert_close(w, a + b, rtol=1e-6, atol=1e-10)
@@ -245,14 +335,23 @@ def test_micro_batches_add_up(term, reduction, models, rollouts):
 
 def test_micro_batches_of_another_tokenizer_add_up():
     pair = embedded("cross_tokenizer")
-    rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:8], max_new_tokens=40)
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.train["prompt"][:8], max_new_tokens=40
+    )
     teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
     objective = as_objective(Representation(positions="last:9"))
     counts = objective.counts(teacher.read(rollouts, pair.tokenizer))
 
     def gradient(which):
-        part = Rollouts.from_ids([rollouts.prompt_ids()[i] for i in which], [rollouts.responses()[i] for i in which], 0, [rollouts.prompts[i] for i in which])
-        value = loss_of(objective, pair.student.requires_grad_(True), teacher, part, pair.tokenizer, counts)[0]
+        part = Rollouts.from_ids(
+            [rollouts.prompt_ids()[i] for i in which],
+            [rollouts.responses()[i] for i in which],
+            0,
+            [rollouts.prompts[i] for i in which],
+        )
+        value = loss_of(objective, pair.student.requires_grad_(True), teacher, part, pair.tokenizer, counts)[
+            0
+        ]
         return torch.autograd.grad(value, pair.student.model.layers[0].mlp.down_proj.weight)[0]
 
     whole = gradient(range(8))
@@ -267,14 +366,21 @@ def test_a_micro_batch_without_rows_is_a_zero_with_a_gradient(models, rollouts):
     for term in TERMS:
         value = loss(term, student, teacher, empty)
         value.backward()
-        assert value.item() == 0 and all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+        assert value.item() == 0 and all(
+            torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None
+        )
 
 
 def test_several_terms_share_one_pass(models, rollouts):
     student, teacher = models
     calls = []
     handle = backbone_of(student).register_forward_hook(lambda *_: calls.append(1))
-    parts = [SampledTokenKL(), FullKL("forward", positions="last:2"), Representation(layers="2", positions="first:1"), Representation(layers="all")]
+    parts = [
+        SampledTokenKL(),
+        FullKL("forward", positions="last:2"),
+        Representation(layers="2", positions="first:1"),
+        Representation(layers="all"),
+    ]
     total = loss(parts[0] + 2 * parts[1] + 10 * parts[2] + 0.5 * parts[3], student, teacher, rollouts)
     handle.remove()
     alone = [loss(part, student, teacher, rollouts).item() for part in parts]
@@ -286,10 +392,18 @@ def test_vocabularies_padded_to_other_widths(models, rollouts):
     """A teacher with 24 spare rows in embedding and head says the same; tokens are compared, not widths."""
     student, teacher = models
     wide = tiny_gpt2(1, vocab_size=64).requires_grad_(False)
-    wide.load_state_dict({k: torch.cat([v, torch.zeros(24, *v.shape[1:], dtype=v.dtype)]) if k in ("transformer.wte.weight", "lm_head.weight") else v
-                          for k, v in teacher.state_dict().items()})
+    wide.load_state_dict(
+        {
+            k: torch.cat([v, torch.zeros(24, *v.shape[1:], dtype=v.dtype)])
+            if k in ("transformer.wte.weight", "lm_head.weight")
+            else v
+            for k, v in teacher.state_dict().items()
+        }
+    )
     for term in (FullKL(), TopKKL(3), SampledTokenKL()):
-        assert loss(term, student, wide, rollouts).item() == pytest.approx(loss(term, student, teacher, rollouts).item(), rel=1e-9)
+        assert loss(term, student, wide, rollouts).item() == pytest.approx(
+            loss(term, student, teacher, rollouts).item(), rel=1e-9
+        )
 
 
 def test_masked_logits_keep_losses_and_gradients_finite(models, rollouts):
@@ -298,12 +412,22 @@ def test_masked_logits_keep_losses_and_gradients_finite(models, rollouts):
     mask = torch.zeros(40, dtype=torch.float64)
     mask[[5, 9]] = float("-inf")
     states = [torch.randn(6, 32, dtype=torch.float64, requires_grad=i == 0) for i in (0, 1)]
-    for term in (FullKL(), FullKL("forward"), FullKL("jsd"), TopKKL(39), TopKKL(39, renormalize=False), SampledTokenKL(), SampledTokenKL(control_variate=True)):
+    for term in (
+        FullKL(),
+        FullKL("forward"),
+        FullKL("jsd"),
+        TopKKL(39),
+        TopKKL(39, renormalize=False),
+        SampledTokenKL(),
+        SampledTokenKL(control_variate=True),
+    ):
         for masked in (0, 1):
             heads = [lm_head_of(m) for m in models]
             plain = heads[masked]
             heads[masked] = lambda h, plain=plain: plain(h) + mask
-            value = term.per_row(Rows([(FINAL, FINAL)], [states[0]], [states[1]], torch.full((6,), 7), *heads))[0].sum()
+            value = term.per_row(
+                Rows([(FINAL, FINAL)], [states[0]], [states[1]], torch.full((6,), 7), *heads)
+            )[0].sum()
             gradient = torch.autograd.grad(value, states[0])[0]
             assert torch.isfinite(value) and torch.isfinite(gradient).all(), (term, masked)
 
@@ -314,8 +438,17 @@ def test_top_k_without_renormalisation_pulls_even_where_the_models_agree(models)
     hidden = torch.randn(5, 32, dtype=torch.float64)
     head = lm_head_of(student)
     for k in (3, 40):
-        rows = Rows([(FINAL, FINAL)], [hidden], [hidden], torch.zeros(5, dtype=torch.long), head, lambda h: head(h).detach())
-        pull = torch.autograd.grad(TopKKL(k, renormalize=False).per_row(rows)[0].sum(), student.lm_head.weight)[0]
+        rows = Rows(
+            [(FINAL, FINAL)],
+            [hidden],
+            [hidden],
+            torch.zeros(5, dtype=torch.long),
+            head,
+            lambda h: head(h).detach(),
+        )
+        pull = torch.autograd.grad(
+            TopKKL(k, renormalize=False).per_row(rows)[0].sum(), student.lm_head.weight
+        )[0]
         mass = torch.autograd.grad(head(hidden).softmax(-1).topk(k).values.sum(), student.lm_head.weight)[0]
         torch.testing.assert_close(pull, mass)
         assert (pull.abs().max() > 1e-3) == (k == 3)
@@ -328,13 +461,20 @@ def test_tied_embeddings(rollouts):
     assert torch.isfinite(tied.model.embed_tokens.weight.grad).all()
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Representation(distance="l2"), "distance='l2': use one of"), (lambda: Representation(positions="end"), "positions='end'"),
-    (lambda: TopKKL(0), "k=0"), (lambda: FullKL("sideways"), "divergence='sideways'"), (lambda: FullKL("jsd", beta=1.0), "beta=1.0"),
-    (lambda: Objective([(1.0, FullKL())], reduction="mean"), "reduction='mean'"), (lambda: as_objective("oprd"), "objective='oprd'"),
-    (lambda: FullKL() + as_objective(FullKL()).with_reduction("sequence"), "reduction: cannot add"),
-    (lambda: Representation(final_norm=False) + Representation(), "final_norm"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Representation(distance="l2"), "distance='l2': use one of"),
+        (lambda: Representation(positions="end"), "positions='end'"),
+        (lambda: TopKKL(0), "k=0"),
+        (lambda: FullKL("sideways"), "divergence='sideways'"),
+        (lambda: FullKL("jsd", beta=1.0), "beta=1.0"),
+        (lambda: Objective([(1.0, FullKL())], reduction="mean"), "reduction='mean'"),
+        (lambda: as_objective("oprd"), "objective='oprd'"),
+        (lambda: FullKL() + as_objective(FullKL()).with_reduction("sequence"), "reduction: cannot add"),
+        (lambda: Representation(final_norm=False) + Representation(), "final_norm"),
+    ],
+)
 def test_bad_settings_name_argument_value_and_way_out(make, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
@@ -342,6 +482,10 @@ def test_bad_settings_name_argument_value_and_way_out(make, message):
 
 def test_unequal_widths_ask_for_a_bridge():
     pair = embedded("cross_architecture")
-    rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:2], max_new_tokens=10)
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.train["prompt"][:2], max_new_tokens=10
+    )
     with pytest.raises(ValueError, match="fit a bridge"):
-        loss_of(Representation(), pair.student, Teacher(pair.teacher, pair.tokenizer), rollouts, pair.tokenizer)
+        loss_of(
+            Representation(), pair.student, Teacher(pair.teacher, pair.tokenizer), rollouts, pair.tokenizer
+        )

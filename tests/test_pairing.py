@@ -1,4 +1,5 @@
 """Positions paired by bytes: against brute force, on embedded and byte-level tokenizers, where tokens split characters and text cannot be trusted."""
+
 import random
 import warnings
 
@@ -10,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from oprd_nb.core import Rollouts
-from oprd_nb.models import embedded
-from oprd_nb.pairing import _align, fingerprint, identity_pairs, pair_layers, pair_positions, token_bytes
+from oprd_nb.models.pairs import embedded
+from oprd_nb.pairing.layers import pair_layers
+from oprd_nb.pairing.positions import _align, identity_pairs, pair_positions
+from oprd_nb.pairing.token_bytes import fingerprint, token_bytes
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -21,11 +24,21 @@ def byte_level(vocab_size, text):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False,
-                                   extra_special_tokens=["<|user|>", "<|assistant|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=["<|user|>", "<|assistant|>"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +53,30 @@ def brute_force(rollouts, pairs, student_tokenizer, teacher_tokenizer):
     expected = []
     for b in range(len(rollouts)):
         ours, theirs = rollouts.responses()[b], pairs.teacher_inputs.responses()[b]
-        prompt_end = int((pairs.teacher_inputs.attention_mask[b] & (pairs.teacher_inputs.response_mask[b].cumsum(0) == 0)).sum()) - 1
+        prompt_end = (
+            int(
+                (
+                    pairs.teacher_inputs.attention_mask[b]
+                    & (pairs.teacher_inputs.response_mask[b].cumsum(0) == 0)
+                ).sum()
+            )
+            - 1
+        )
         row = []
         for i in range(len(ours) + 1):
             if i and tables[0][ours[i - 1]] is None:
                 row.append((prompt_end + len(theirs), 0) if i == len(ours) else None)
                 continue
             read = b"".join(tables[0][t] for t in ours[:i])
-            best = max((j for j in range(len(theirs) + 1) if None not in [tables[1][t] for t in theirs[:j]]
-                        and read.startswith(b"".join(tables[1][t] for t in theirs[:j]))), key=lambda j: j)
+            best = max(
+                (
+                    j
+                    for j in range(len(theirs) + 1)
+                    if None not in [tables[1][t] for t in theirs[:j]]
+                    and read.startswith(b"".join(tables[1][t] for t in theirs[:j]))
+                ),
+                key=lambda j: j,
+            )
             row.append((prompt_end + best, len(read) - len(b"".join(tables[1][t] for t in theirs[:best]))))
         expected += row
     return expected
@@ -56,8 +84,13 @@ def brute_force(rollouts, pairs, student_tokenizer, teacher_tokenizer):
 
 def rollouts_of(texts, tokenizer, ended=True):
     prompts = [[{"role": "user", "content": "how many?"}] for _ in texts]
-    ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts]
-    responses = [tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended for t in texts]
+    ids = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for p in prompts
+    ]
+    responses = [
+        tokenizer(t, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended for t in texts
+    ]
     return Rollouts.from_ids(ids, responses, tokenizer.pad_token_id, prompts)
 
 
@@ -67,9 +100,19 @@ def test_equals_brute_force(texts):
     pair = embedded_tokenizers()
     rollouts = rollouts_of(texts, pair[0])
     pairs = pair_positions(rollouts, *pair, min_coverage=0.0)
-    found = list(zip((pairs.teacher_rows % pairs.teacher_inputs.input_ids.shape[1]).tolist(), pairs.offset.tolist(), strict=True))
+    found = list(
+        zip(
+            (pairs.teacher_rows % pairs.teacher_inputs.input_ids.shape[1]).tolist(),
+            pairs.offset.tolist(),
+            strict=True,
+        )
+    )
     assert found == brute_force(rollouts, pairs, *pair)
-    assert pairs.coverage == 1.0 and (pairs.teacher_rows.diff() >= 0).all() and (pairs.student_rows.diff() > 0).all()
+    assert (
+        pairs.coverage == 1.0
+        and (pairs.teacher_rows.diff() >= 0).all()
+        and (pairs.student_rows.diff() > 0).all()
+    )
     shared = pairs.offset == 0
     assert (pairs.teacher_rows[shared].diff() > 0).all()
 
@@ -90,7 +133,9 @@ def test_a_response_cut_inside_a_character(tokenizers):
     cut = Rollouts.from_ids(rollouts.prompt_ids(), [rollouts.responses()[0][:-1]], 0, rollouts.prompts)
     pairs = pair_positions(cut, student, teacher, min_coverage=0.0)
     trusted = sum(len(token_bytes(student)[i]) for i in cut.responses()[0]) - 2
-    assert trusted > 0 and 0 < pairs.coverage < 1  # what stands before the broken character is paired, the rest is not
+    assert (
+        trusted > 0 and 0 < pairs.coverage < 1
+    )  # what stands before the broken character is paired, the rest is not
 
 
 def test_special_tokens_inside_a_response_end_what_can_be_trusted(tokenizers):
@@ -119,7 +164,11 @@ def test_same_tokenizer_is_the_identity(tokenizers):
     student, _ = tokenizers
     rollouts = rollouts_of(["the sum", "37"], student)
     pairs = pair_positions(rollouts, student, student)
-    assert torch.equal(pairs.student_rows, pairs.teacher_rows) and pairs.teacher_inputs is rollouts and pairs.boundary_coverage == 1.0
+    assert (
+        torch.equal(pairs.student_rows, pairs.teacher_rows)
+        and pairs.teacher_inputs is rollouts
+        and pairs.boundary_coverage == 1.0
+    )
     assert torch.equal(identity_pairs(rollouts).columns, pairs.columns)
 
 
@@ -135,9 +184,12 @@ def test_prompts_are_needed_across_tokenizers(tokenizers):
         pair_positions(rollouts, *tokenizers)
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.lists(st.integers(1, 4), min_size=1, max_size=8))
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=8), st.lists(st.integers(1, 4), min_size=1, max_size=8)
+)
 def test_align_is_the_last_boundary_at_or_before(ours, theirs):
     import numpy as np
+
     student, teacher = np.cumsum(ours), np.cumsum(theirs)
     index, offset = _align(student, teacher, trusted=int(student[-1]))
     for end, i, o in zip(student, index, offset, strict=True):
@@ -149,7 +201,9 @@ def test_align_is_the_last_boundary_at_or_before(ours, theirs):
 def test_layer_map_is_monotone_and_meets_at_both_ends(student, teacher):
     pairs = pair_layers(student, teacher)
     assert [l for l, _ in pairs] == list(range(1, student + 1)) and pairs[-1][1] == teacher
-    assert all(a <= b for (_, a), (_, b) in zip(pairs, pairs[1:], strict=False)) and (student == 1 or pairs[0][1] == 1)
+    assert all(a <= b for (_, a), (_, b) in zip(pairs, pairs[1:], strict=False)) and (
+        student == 1 or pairs[0][1] == 1
+    )
     for l, t in pairs[:-1]:
         assert abs((l - 1) / max(student - 1, 1) * (teacher - 1) + 1 - t) <= 0.5
 
@@ -162,4 +216,8 @@ def test_embedded_coverage_is_reported_by_offset():
         warnings.simplefilter("error")
         pairs = pair_positions(rollouts, pair.tokenizer, pair.teacher_tokenizer)
     shares = pairs.coverage_by_offset()
-    assert set(shares) == {0, 1} and sum(shares.values()) == pytest.approx(1.0) and shares[1] == pytest.approx(4 / len(rollouts.responses()[0]))
+    assert (
+        set(shares) == {0, 1}
+        and sum(shares.values()) == pytest.approx(1.0)
+        and shares[1] == pytest.approx(4 / len(rollouts.responses()[0]))
+    )

@@ -1,4 +1,5 @@
 """Figures: the same colour for the same method everywhere, honest smoothing, axes, overlays, errors."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,28 +8,59 @@ from hypothesis import strategies as st
 from run_fixture import SHAPES, synthetic_run
 
 from oprd_nb import plots
-from oprd_nb.runs import METHODS
+from oprd_nb.plots.curves import (
+    PAPER_TABLES,
+    accuracy_curve,
+    layer_cosine,
+    layer_heatmap,
+    length_curve,
+    mu_sweep,
+    pareto_bubble,
+    position_cosine,
+    rank_cosine,
+    rolling_mean,
+)
+from oprd_nb.plots.tables import best_cells, paper_table
+from oprd_nb.plots.theme import SmallPng
+from oprd_nb.runs import METHODS, metrics_table, read_run, summary_table
 
-CURVES = {"accuracy_curve": "eval/avg@1", "length_curve": "response_length/mean", "cosine_curve": "rep/cosine_similarity",
-          "pg_loss_curve": "actor/pg_loss", "overlap_curve": "topk/overlap_ratio", "entropy_curves": "actor/entropy", "snr_curve": "grad/snr"}
-TABLES = {"accuracy_table": 2, "cost_table": 3, "cross_architecture_table": 4, "diversity_table": 5, "cross_tokenizer_table": 6}
+CURVES = {
+    "accuracy_curve": "eval/avg@1",
+    "length_curve": "response_length/mean",
+    "cosine_curve": "rep/cosine_similarity",
+    "pg_loss_curve": "actor/pg_loss",
+    "overlap_curve": "topk/overlap_ratio",
+    "entropy_curves": "actor/entropy",
+    "snr_curve": "grad/snr",
+}
+TABLES = {
+    "accuracy_table": 2,
+    "cost_table": 3,
+    "cross_architecture_table": 4,
+    "diversity_table": 5,
+    "cross_tokenizer_table": 6,
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return [synthetic_run(folder / f"{method}-{seed}", method, seed, steps=60, problems=40) for method in SHAPES for seed in (0, 1)]
+    return [
+        synthetic_run(folder / f"{method}-{seed}", method, seed, steps=60, problems=40)
+        for method in SHAPES
+        for seed in (0, 1)
+    ]
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.integers(1, 60), st.sampled_from([1, 3, 5, 9, 21]))
 def test_a_straight_line_is_left_as_it_is(slope, start, points, window):
     line = start + slope * np.arange(points)
-    assert np.allclose(plots.rolling_mean(line, window), line, atol=1e-8)
+    assert np.allclose(rolling_mean(line, window), line, atol=1e-8)
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=9, max_size=40), st.sampled_from([3, 5, 7, 9]))
 def test_the_middle_is_a_plain_mean(values, window):
-    half, got = window // 2, plots.rolling_mean(np.array(values), window)
+    half, got = window // 2, rolling_mean(np.array(values), window)
     assert len(got) == len(values)
     for i in range(half, len(values) - half):
         assert got[i] == pytest.approx(np.mean(values[i - half : i + half + 1]), abs=1e-6)
@@ -37,7 +69,7 @@ def test_the_middle_is_a_plain_mean(values, window):
 @pytest.mark.parametrize("window", [0, -3, 4])
 def test_an_even_window_is_refused(window):
     with pytest.raises(ValueError, match=f"smooth={window}"):
-        plots.rolling_mean(np.arange(5.0), window)
+        rolling_mean(np.arange(5.0), window)
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -49,12 +81,15 @@ def test_every_curve_has_the_methods_colours_and_units(runs, name, axis):
         colour = trace.line.color if trace.mode == "lines" else trace.marker.color
         assert colour == labels[trace.name.split(",")[0]]
     assert {trace.name.split(",")[0] for trace in fig.data} == set(labels)
-    assert fig.layout.xaxis.title.text == ("Training step" if axis == "step" else "Training time, seconds") and fig.layout.yaxis.title.text
+    assert (
+        fig.layout.xaxis.title.text == ("Training step" if axis == "step" else "Training time, seconds")
+        and fig.layout.yaxis.title.text
+    )
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_a_curve_from_a_tidy_table_is_the_curve_from_folders(runs, name):
-    read = [plots.read_run(run) for run in runs[:4]]
+    read = [read_run(run) for run in runs[:4]]
     table = pd.concat([run.metrics.assign(method=run.method) for run in read], ignore_index=True)
     one, other = getattr(plots, name)(table), getattr(plots, name)(runs[:4])
     assert [trace.name for trace in one.data] == [trace.name for trace in other.data]
@@ -64,108 +99,144 @@ def test_a_curve_from_a_tidy_table_is_the_curve_from_folders(runs, name):
 
 @pytest.mark.parametrize("name", CURVES)
 def test_a_metric_that_nobody_logged_is_an_error_that_lists_what_was(runs, name):
-    table = plots.metrics_table(runs[:2])[["method", "step", "seconds", "loss", "rep/cosine_layer_1"]]
+    table = metrics_table(runs[:2])[["method", "step", "seconds", "loss", "rep/cosine_layer_1"]]
     with pytest.raises(ValueError, match=r"rep/cosine_layer_1|eval/avg@k"):
         getattr(plots, name)(table)
 
 
 def test_a_line_is_the_mean_over_seeds(runs):
-    table = plots.metrics_table(runs[:2])
-    line = plots.accuracy_curve(runs[:2], smooth=1).data[1]
+    table = metrics_table(runs[:2])
+    line = accuracy_curve(runs[:2], smooth=1).data[1]
     assert np.allclose(line.y, table.groupby("step")["eval/avg@1"].mean().dropna(), atol=1e-6)
 
 
 def test_labels_of_one_method_share_its_colour_and_differ_in_dash(tmp_path):
-    runs = [synthetic_run(tmp_path / str(mu), "oprd", steps=20, problems=5, label=f"μ = {mu}") for mu in (1, 10)]
-    lines = [trace for trace in plots.accuracy_curve(runs).data if trace.mode == "lines"]
+    runs = [
+        synthetic_run(tmp_path / str(mu), "oprd", steps=20, problems=5, label=f"μ = {mu}") for mu in (1, 10)
+    ]
+    lines = [trace for trace in accuracy_curve(runs).data if trace.mode == "lines"]
     assert len({line.line.color for line in lines}) == 1 and len({line.line.dash for line in lines}) == 2
 
 
 def test_an_unknown_axis_and_an_unknown_benchmark_are_refused(runs):
     with pytest.raises(ValueError, match="axis='hours'"):
-        plots.accuracy_curve(runs, axis="hours")
+        accuracy_curve(runs, axis="hours")
     with pytest.raises(ValueError, match="paper='AIME26'"):
-        plots.accuracy_curve(runs, paper="AIME26")
+        accuracy_curve(runs, paper="AIME26")
 
 
 def test_long_runs_are_told_in_hours_and_thinned(tmp_path):
-    table = pd.DataFrame({"method": "oprd", "step": range(5000), "seconds": np.arange(5000) * 10.0, "response_length/mean": 1.0})
-    fig = plots.length_curve(table, axis="seconds")
-    assert fig.layout.xaxis.title.text == "Training time, hours" and max(len(trace.x) for trace in fig.data) <= 100
+    table = pd.DataFrame(
+        {
+            "method": "oprd",
+            "step": range(5000),
+            "seconds": np.arange(5000) * 10.0,
+            "response_length/mean": 1.0,
+        }
+    )
+    fig = length_curve(table, axis="seconds")
+    assert (
+        fig.layout.xaxis.title.text == "Training time, hours"
+        and max(len(trace.x) for trace in fig.data) <= 100
+    )
     assert fig.data[1].x[-1] == pytest.approx(49990 / 3600)
 
 
 def test_the_bubbles_area_is_memory_and_its_place_accuracy_and_time(runs):
-    table = plots.outcomes(runs)
-    fig = plots.pareto_bubble(runs)
+    table = summary_table(runs)
+    fig = pareto_bubble(runs)
     for trace, row in zip(fig.data, table.itertuples(), strict=True):
-        assert (trace.x[0], trace.y[0], trace.marker.size[0]) == pytest.approx((row.seconds, row.accuracy, row.delta_peak))
+        assert (trace.x[0], trace.y[0], trace.marker.size[0]) == pytest.approx(
+            (row.seconds, row.accuracy, row.delta_peak)
+        )
         assert trace.marker.sizemode == "area" and trace.marker.color == METHODS[row.method].colour
-    assert "Avg" not in fig.layout.xaxis.title.text and fig.layout.xaxis.title.text == "Training time, seconds"
+    assert (
+        "Avg" not in fig.layout.xaxis.title.text and fig.layout.xaxis.title.text == "Training time, seconds"
+    )
 
 
 def test_runs_without_memory_or_without_evaluation(tmp_path):
     table = pd.DataFrame({"method": ["oprd", "opd-full"], "accuracy": [0.5, 0.4], "seconds": [10.0, 20.0]})
-    fig = plots.pareto_bubble(table)
-    assert "MB" not in fig.data[0].text and [note.text.split("<br>")[0] for note in fig.layout.annotations] == ["<b>OPD full KL</b>", "<b>OPRD</b>"]
+    fig = pareto_bubble(table)
+    assert "MB" not in fig.data[0].text and [
+        note.text.split("<br>")[0] for note in fig.layout.annotations
+    ] == ["<b>OPD full KL</b>", "<b>OPRD</b>"]
     (tmp_path / "config.yaml").write_text("method: oprd\n")
     with pytest.raises(ValueError, match="after.parquet"):
-        plots.pareto_bubble(tmp_path)
+        pareto_bubble(tmp_path)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
 def test_labels_of_bubbles_never_overlap(accuracies):
-    table = pd.DataFrame({"method": "oprd", "label": [f"run {i}" for i in range(len(accuracies))], "accuracy": accuracies, "seconds": 10.0})
-    heights = [note.ay for note in plots.pareto_bubble(table).layout.annotations]
-    assert all(above - below >= 0.169 for below, above in zip(heights, heights[1:], strict=False)) and heights[-1] <= 0.97
+    table = pd.DataFrame(
+        {
+            "method": "oprd",
+            "label": [f"run {i}" for i in range(len(accuracies))],
+            "accuracy": accuracies,
+            "seconds": 10.0,
+        }
+    )
+    heights = [note.ay for note in pareto_bubble(table).layout.annotations]
+    assert (
+        all(above - below >= 0.169 for below, above in zip(heights, heights[1:], strict=False))
+        and heights[-1] <= 0.97
+    )
 
 
 def test_layers_are_true_numbers(runs):
-    fig = plots.layer_cosine(runs[:2])
+    fig = layer_cosine(runs[:2])
     assert [list(trace.x) for trace in fig.data] == [[1, 2, 3, 4]] * 2
-    heat = plots.layer_heatmap(runs[:2]).data[0]
+    heat = layer_heatmap(runs[:2]).data[0]
     assert list(heat.y) == [1, 2, 3, 4] and heat.z.shape[0] == 4
     with pytest.raises(ValueError, match="one label"):
-        plots.layer_heatmap(runs)
+        layer_heatmap(runs)
 
 
 def test_the_papers_numbers_are_laid_under(runs):
-    assert {trace.name for trace in plots.length_curve(runs[:1], paper=True).data[2:]} == {"OPRD, paper: 5,700 tokens", "OPD top-1, paper: 7,000 tokens"}
-    points = {trace.name.split(",")[0]: trace.y[0] for trace in plots.pareto_bubble(runs[:1], paper=True).data[1:]}
+    assert {trace.name for trace in length_curve(runs[:1], paper=True).data[2:]} == {
+        "OPRD, paper: 5,700 tokens",
+        "OPD top-1, paper: 7,000 tokens",
+    }
+    points = {trace.name.split(",")[0]: trace.y[0] for trace in pareto_bubble(runs[:1], paper=True).data[1:]}
     assert points == pytest.approx({"OPD top-1": 0.423, "OPD top-16": 0.471, "OPRD": 0.498})
-    sweep = plots.mu_sweep(pd.DataFrame({"mu": [3.0], "accuracy": [0.5]}), paper=True)
-    assert sweep.data[1].y == (0.423, 0.477, 0.502) and sweep.layout.xaxis.categoryarray == ("0", "1", "3", "10")
+    sweep = mu_sweep(pd.DataFrame({"mu": [3.0], "accuracy": [0.5]}), paper=True)
+    assert sweep.data[1].y == (0.423, 0.477, 0.502) and sweep.layout.xaxis.categoryarray == (
+        "0",
+        "1",
+        "3",
+        "10",
+    )
 
 
 def test_tidy_tables_are_checked():
     with pytest.raises(ValueError, match="'side'"):
-        plots.position_cosine(pd.DataFrame({"k": [1], "cosine": [1.0]}))
+        position_cosine(pd.DataFrame({"k": [1], "cosine": [1.0]}))
     with pytest.raises(ValueError, match="side=.*middle"):
-        plots.position_cosine(pd.DataFrame({"k": [1], "cosine": [1.0], "side": ["middle"]}))
+        position_cosine(pd.DataFrame({"k": [1], "cosine": [1.0], "side": ["middle"]}))
     with pytest.raises(ValueError, match="'r2'"):
-        plots.rank_cosine(pd.DataFrame({"layer": [1], "rank": [1], "cosine": [1.0]}))
+        rank_cosine(pd.DataFrame({"layer": [1], "rank": [1], "cosine": [1.0]}))
 
 
 @pytest.mark.parametrize("name, number", TABLES.items())
 def test_tables_hold_the_papers_rows_and_ours(runs, name, number):
     paper, both = getattr(plots, name)(), getattr(plots, name)(runs)
-    methods = len(plots.PAPER_TABLES[number][1])
+    methods = len(PAPER_TABLES[number][1])
     assert len(paper.data[0].cells.values[0]) == methods and set(paper.data[0].cells.values[0]) == {"paper"}
     assert list(both.data[0].cells.values[0]).count("ours") >= len(SHAPES)
     assert f"Table {number}" in both.layout.title.text
 
 
 def test_the_best_trained_method_is_shaded():
-    table = plots.paper_table(2)
-    assert table["method"][plots.best_cells(table, "AIME24", "max")].tolist() == ["OPRD"]
-    assert plots.paper_table(3)["method"][plots.best_cells(plots.paper_table(3), "Δ-peak, GB", "min")].tolist() == ["OPRD"]
-    assert not plots.best_cells(plots.paper_table(5), "Length", None).any()
+    table = paper_table(2)
+    assert table["method"][best_cells(table, "AIME24", "max")].tolist() == ["OPRD"]
+    assert paper_table(3)["method"][best_cells(paper_table(3), "Δ-peak, GB", "min")].tolist() == ["OPRD"]
+    assert not best_cells(paper_table(5), "Length", None).any()
     with pytest.raises(ValueError, match="number=7"):
-        plots.paper_table(7)
+        paper_table(7)
 
 
 def test_a_figure_carries_its_own_small_theme(runs):
-    fig = plots.accuracy_curve(runs[:1])
+    fig = accuracy_curve(runs[:1])
     assert fig.layout.paper_bgcolor is None and fig.layout.template.layout.paper_bgcolor == "white"
     assert len(fig.to_json()) < 6000
 
@@ -174,6 +245,6 @@ def test_a_machine_without_a_browser_shows_figures_without_pictures(monkeypatch)
     def no_browser(*args, **kwargs):
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
-    monkeypatch.setattr(plots.pio, "to_image", no_browser)
+    monkeypatch.setattr(plots.theme.pio, "to_image", no_browser)
     with pytest.warns(UserWarning, match="plotly_get_chrome"):
-        assert plots.SmallPng().to_mimebundle({}) == {}
+        assert SmallPng().to_mimebundle({}) == {}

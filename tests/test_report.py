@@ -1,4 +1,5 @@
 """The report: self-contained, escaped, honest about noise, and drawn by a browser without a request or an error."""
+
 import re
 import shutil
 
@@ -7,8 +8,8 @@ import pytest
 import yaml
 from run_fixture import synthetic_run
 
-from oprd_nb.report import EMBEDDED, SYNTHETIC, clipped, headline, lead, rollouts_html, write_report
-from oprd_nb.runs import as_runs, outcomes
+from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, clipped, headline, lead, rollouts_html, write_report
+from oprd_nb.runs import as_runs, summary_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -16,7 +17,10 @@ EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.ha
 
 @pytest.fixture
 def runs(tmp_path):
-    return [synthetic_run(tmp_path / method, method, steps=20, problems=60) for method in ("oprd", "opd-full", "opd-sampled")]
+    return [
+        synthetic_run(tmp_path / method, method, steps=20, problems=60)
+        for method in ("oprd", "opd-full", "opd-sampled")
+    ]
 
 
 def outside_scripts(page):
@@ -33,7 +37,9 @@ def test_one_file_without_a_reference_to_elsewhere(runs, tmp_path):
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):
-    assert write_report(runs, tmp_path / "a.html").read_text("utf-8") == write_report(runs, tmp_path / "b.html").read_text("utf-8")
+    assert write_report(runs, tmp_path / "a.html").read_text("utf-8") == write_report(
+        runs, tmp_path / "b.html"
+    ).read_text("utf-8")
 
 
 def test_a_folder_that_is_no_run_leaves_nothing_behind(runs, tmp_path):
@@ -48,10 +54,19 @@ def test_text_from_runs_cannot_become_markup(runs, tmp_path):
     for name in ("before", "after"):
         table = pd.read_parquet(runs[0] / "eval" / f"{name}.parquet")
         table.assign(response=EVIL, prompt=EVIL, answer=EVIL).to_parquet(runs[0] / "eval" / f"{name}.parquet")
-    config = yaml.safe_load((runs[0] / "config.yaml").read_text()) | {"label": EVIL, "student": EVIL, "command": EVIL, "note": EVIL}
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text()) | {
+        "label": EVIL,
+        "student": EVIL,
+        "command": EVIL,
+        "note": EVIL,
+    }
     (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
     page = write_report(runs, tmp_path / "report.html").read_text("utf-8")
-    assert page.count("<script>") == page.count("</script>") == 2 + page.count(EVIL) and EVIL not in page and "<img" not in outside_scripts(page)
+    assert (
+        page.count("<script>") == page.count("</script>") == 2 + page.count(EVIL)
+        and EVIL not in page
+        and "<img" not in outside_scripts(page)
+    )
 
 
 def test_no_evaluation_and_no_curves_still_make_a_page(tmp_path):
@@ -62,23 +77,40 @@ def test_no_evaluation_and_no_curves_still_make_a_page(tmp_path):
 
 
 def test_the_headline_says_noise_where_there_is_noise(tmp_path):
-    close = as_runs([synthetic_run(tmp_path / name, "oprd", seed, steps=5, problems=40, label=name) for seed, name in enumerate(("A", "B"))])
-    assert "within noise" in headline(close, outcomes(close))[1]
+    close = as_runs(
+        [
+            synthetic_run(tmp_path / name, "oprd", seed, steps=5, problems=40, label=name)
+            for seed, name in enumerate(("A", "B"))
+        ]
+    )
+    assert "within noise" in headline(close, summary_table(close))[1]
     far = as_runs([synthetic_run(tmp_path / m, m, steps=5, problems=200) for m in ("opd-sampled", "oprd")])
-    result, comparison = headline(far, outcomes(far))
+    result, comparison = headline(far, summary_table(far))
     gap, low, high = lead(far[1:], far[:1])
-    assert result.startswith("OPRD takes") and "ahead of OPD sampled token" in comparison and 0 < low < gap < high
-    assert headline(far[:1], outcomes(far[:1]))[1] == ""
+    assert (
+        result.startswith("OPRD takes")
+        and "ahead of OPD sampled token" in comparison
+        and 0 < low < gap < high
+    )
+    assert headline(far[:1], summary_table(far[:1]))[1] == ""
 
 
 def test_a_student_that_got_worse_is_called_that(runs):
-    table = outcomes(as_runs(runs)).assign(before=0.99)
-    assert headline(as_runs(runs), table)[0].startswith("No method improved the student: the best, OPRD takes the student from 99.0% to")
+    table = summary_table(as_runs(runs)).assign(before=0.99)
+    assert headline(as_runs(runs), table)[0].startswith(
+        "No method improved the student: the best, OPRD takes the student from 99.0% to"
+    )
 
 
 def test_a_lead_over_seeds_is_welchs(tmp_path):
-    runs = as_runs([synthetic_run(tmp_path / f"{m}{s}", m, s, steps=5, problems=100) for m in ("oprd", "opd-full") for s in range(3)])
-    table = outcomes(runs).set_index("method")["accuracy"]
+    runs = as_runs(
+        [
+            synthetic_run(tmp_path / f"{m}{s}", m, s, steps=5, problems=100)
+            for m in ("oprd", "opd-full")
+            for s in range(3)
+        ]
+    )
+    table = summary_table(runs).set_index("method")["accuracy"]
     gap, low, high = lead(runs[:3], runs[3:])
     assert gap == pytest.approx(table["oprd"] - table["opd-full"]) and low < gap < high
 
@@ -93,7 +125,9 @@ def test_rollouts_pair_the_same_problem(runs):
 
 def test_long_answers_keep_their_ends():
     text = clipped("start " + "x" * 5000 + " \\boxed{7}")
-    assert text.startswith("start") and text.endswith("\\boxed{7}") and "left out" in text and len(text) < 1600
+    assert (
+        text.startswith("start") and text.endswith("\\boxed{7}") and "left out" in text and len(text) < 1600
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium")
@@ -112,7 +146,9 @@ def test_a_browser_draws_it_without_a_request_or_an_error(runs, tmp_path):
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.goto(page_file.as_uri())
             page.wait_for_function("document.querySelectorAll('.plot svg.main-svg').length >= 5")
-            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"scrolls sideways at {width} px"
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+                f"scrolls sideways at {width} px"
+            )
             assert page.evaluate("window.hacked") is None
         browser.close()
     assert complaints == [] and set(requests) == {page_file.as_uri()}

@@ -1,16 +1,23 @@
 """Samplers: what they promise to every caller."""
+
 import pytest
 import torch
 from conftest import tiny_qwen3
 
 from oprd_nb.core import Rollouts
-from oprd_nb.models import end_tokens, load_model
-from oprd_nb.rollouts import HFSampler, ReplaySampler, encode_prompts
+from oprd_nb.models.loading import end_tokens, load_model
+from oprd_nb.rollouts.prompts import encode_prompts
+from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 
 
 def test_batches_change_neither_order_nor_greedy_answers(same):
     prompts = same.task.test["prompt"][:7]
-    answers = [HFSampler(same.student, same.tokenizer, batch_size=size).sample(prompts, n=2, temperature=0, max_new_tokens=12).responses() for size in (3, 64)]
+    answers = [
+        HFSampler(same.student, same.tokenizer, batch_size=size)
+        .sample(prompts, n=2, temperature=0, max_new_tokens=12)
+        .responses()
+        for size in (3, 64)
+    ]
     assert answers[0] == answers[1] and all(answers[0][i] == answers[0][i + 1] for i in range(0, 14, 2))
 
 
@@ -39,17 +46,32 @@ def test_sampled_frequencies_are_the_models():
     """Temperature 1 without filters: the first token's frequencies match the model's distribution (chi-squared)."""
     from scipy import stats
 
-    from oprd_nb.models import embedded
+    from oprd_nb.models.pairs import embedded
+
     pair = embedded("same")
     model = tiny_qwen3(vocab_size=21)
     prompt = [4, 7, 9]
-    first = [r[0] for r in HFSampler(model, pair.tokenizer, batch_size=4000).sample([prompt], n=4000, max_new_tokens=1, seed=0).responses()]
-    expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach().double().softmax(-1).numpy() * 4000
+    first = [
+        r[0]
+        for r in HFSampler(model, pair.tokenizer, batch_size=4000)
+        .sample([prompt], n=4000, max_new_tokens=1, seed=0)
+        .responses()
+    ]
+    expected = (
+        model(input_ids=torch.tensor([prompt])).logits[0, -1].detach().double().softmax(-1).numpy() * 4000
+    )
     observed = torch.bincount(torch.tensor(first), minlength=21).numpy()
     assert stats.chisquare(observed, expected).pvalue > 0.001
 
 
-@pytest.mark.parametrize("options, message", [(dict(n=0), "n=0"), (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(temperature=-1), "temperature=-1")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(n=0), "n=0"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(temperature=-1), "temperature=-1"),
+    ],
+)
 def test_bad_settings(options, message, same):
     with pytest.raises(ValueError, match=message):
         HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:1], **options)

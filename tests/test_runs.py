@@ -1,4 +1,5 @@
 """Run folders: what is read, what is merged, what is refused, and how long it takes."""
+
 import json
 import time
 
@@ -13,11 +14,11 @@ from oprd_nb.runs import (
     OKABE_ITO,
     metrics_table,
     mu_table,
-    outcomes,
     problem_scores,
     read_metrics,
     read_run,
     set_scores,
+    summary_table,
 )
 
 
@@ -27,14 +28,20 @@ def test_a_run_comes_back_as_it_was_written(tmp_path):
     assert run.metrics["loss"].tolist() == [line["loss"] for line in lines]
     assert run.metrics["eval/avg@1"].notna().sum() == sum("eval/avg@1" in line for line in lines)
     assert run.config["seed"] == 3 and set(run.evals) == {"before", "after"} and len(run.evals["after"]) == 60
-    assert not {"prompt", "response"} & set(run.evals.grades("after")) and {"correct", "tokens"} <= set(run.evals.grades("after"))
+    assert not {"prompt", "response"} & set(run.evals.grades("after")) and {"correct", "tokens"} <= set(
+        run.evals.grades("after")
+    )
 
 
 def test_resumed_steps_count_once_and_a_torn_last_line_waits(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 2, "loss": 5.0, "a": 1}\n{"step": 1, "loss": 6.0}\n\n{"step": 2, "loss": 4.0}\n{"step": 3, "lo')
+    log.write_text(
+        '{"step": 2, "loss": 5.0, "a": 1}\n{"step": 1, "loss": 6.0}\n\n{"step": 2, "loss": 4.0}\n{"step": 3, "lo'
+    )
     table = read_metrics(log)
-    assert table["step"].tolist() == [1, 2] and table["loss"].tolist() == [6.0, 4.0] and table["a"].iloc[1] == 1
+    assert (
+        table["step"].tolist() == [1, 2] and table["loss"].tolist() == [6.0, 4.0] and table["a"].iloc[1] == 1
+    )
     log.write_text('{"step": 1, "loss": 6.0}\n{"step": 2, "loss": 4.0}')
     assert read_metrics(log)["step"].tolist() == [1, 2]
     log.write_text("")
@@ -49,9 +56,16 @@ def test_a_damaged_line_is_named(tmp_path, line):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, content, told", [
-    ("config.yaml", None, "no config.yaml"), ("config.yaml", "a: [", "damaged"), ("config.yaml", "seed: 1\n", "names no 'method'"),
-    ("config.yaml", "", "names no 'method'"), ("summary.json", "{", "damaged")])
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("config.yaml", None, "no config.yaml"),
+        ("config.yaml", "a: [", "damaged"),
+        ("config.yaml", "seed: 1\n", "names no 'method'"),
+        ("config.yaml", "", "names no 'method'"),
+        ("summary.json", "{", "damaged"),
+    ],
+)
 def test_what_is_not_a_run_folder_is_refused_in_one_line(tmp_path, name, content, told):
     folder = synthetic_run(tmp_path / "run", steps=2, problems=3)
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
@@ -64,31 +78,48 @@ def test_a_run_that_has_only_begun_is_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("method: oprd\n")
     run = read_run(tmp_path)
     assert run.metrics.empty and not run.evals and run.summary == {} and run.label == "OPRD"
-    assert np.isnan(outcomes(run)["accuracy"].iloc[0])
+    assert np.isnan(summary_table(run)["accuracy"].iloc[0])
     with pytest.raises(KeyError, match="after.parquet"):
         run.evals["after"]
 
 
 def test_scores_by_hand():
-    samples = pd.DataFrame({"set": ["a", "a", "a", "a", "b"], "problem": [0, 0, 1, 1, 0], "correct": [True, False, False, False, True]})
-    assert problem_scores(samples)["avg"].tolist() == [0.5, 0.0, 1.0] and problem_scores(samples)["best"].tolist() == [1.0, 0.0, 1.0]
+    samples = pd.DataFrame(
+        {
+            "set": ["a", "a", "a", "a", "b"],
+            "problem": [0, 0, 1, 1, 0],
+            "correct": [True, False, False, False, True],
+        }
+    )
+    assert problem_scores(samples)["avg"].tolist() == [0.5, 0.0, 1.0] and problem_scores(samples)[
+        "best"
+    ].tolist() == [1.0, 0.0, 1.0]
     assert len(problem_scores(samples.drop(columns="set"))) == 2
 
 
 def test_outcomes_of_seeds_are_their_mean_with_a_t_interval(tmp_path):
     runs = [synthetic_run(tmp_path / str(seed), "oprd", seed, steps=10, problems=50) for seed in range(3)]
     accuracies = [read_run(run).evals["after"]["correct"].mean() for run in runs]
-    row = outcomes(runs).iloc[0]
+    row = summary_table(runs).iloc[0]
     low, high = stats.t.interval(0.95, 2, np.mean(accuracies), stats.sem(accuracies))
     assert row["seeds"] == 3 and row["accuracy"] == pytest.approx(np.mean(accuracies))
     assert (row["low"], row["high"]) == pytest.approx((max(0, low), min(1, high)))
-    single = outcomes(runs[0]).iloc[0]
-    assert single["low"] < single["accuracy"] < single["high"] and single["seconds"] == pytest.approx(2.2) and single["delta_peak"] == 9.5e7
+    single = summary_table(runs[0]).iloc[0]
+    assert (
+        single["low"] < single["accuracy"] < single["high"]
+        and single["seconds"] == pytest.approx(2.2)
+        and single["delta_peak"] == 9.5e7
+    )
 
 
 def test_runs_with_other_labels_are_not_averaged(tmp_path):
-    runs = [synthetic_run(tmp_path / str(rate), "oprd", steps=10, problems=20, label=f"OPRD, lr {rate}", learning_rate=rate) for rate in (1e-3, 3e-3)]
-    assert outcomes(runs)["label"].tolist() == ["OPRD, lr 0.001", "OPRD, lr 0.003"]
+    runs = [
+        synthetic_run(
+            tmp_path / str(rate), "oprd", steps=10, problems=20, label=f"OPRD, lr {rate}", learning_rate=rate
+        )
+        for rate in (1e-3, 3e-3)
+    ]
+    assert summary_table(runs)["label"].tolist() == ["OPRD, lr 0.001", "OPRD, lr 0.003"]
     assert metrics_table(runs)["label"].nunique() == 2
 
 
@@ -102,13 +133,22 @@ def test_set_scores_weigh_sets_and_know_the_teacher(tmp_path):
 
 
 def test_a_sweep_needs_mu_in_every_run(tmp_path):
-    runs = [synthetic_run(tmp_path / "a", steps=5, problems=5, mu=1), synthetic_run(tmp_path / "b", steps=5, problems=5)]
+    runs = [
+        synthetic_run(tmp_path / "a", steps=5, problems=5, mu=1),
+        synthetic_run(tmp_path / "b", steps=5, problems=5),
+    ]
     with pytest.raises(ValueError, match=r"\['b'\] has no 'mu'"):
         mu_table(runs)
 
 
-@pytest.mark.parametrize("call, told", [(lambda: metrics_table([]), "nothing to draw"), (lambda: metrics_table(pd.DataFrame({"step": [1]})), "'method'"),
-                                        (lambda: outcomes(pd.DataFrame({"method": ["oprd"]})), "'accuracy'")])
+@pytest.mark.parametrize(
+    "call, told",
+    [
+        (lambda: metrics_table([]), "nothing to draw"),
+        (lambda: metrics_table(pd.DataFrame({"step": [1]})), "'method'"),
+        (lambda: summary_table(pd.DataFrame({"method": ["oprd"]})), "'accuracy'"),
+    ],
+)
 def test_errors_name_the_argument(call, told):
     with pytest.raises(ValueError, match=told):
         call()
@@ -124,7 +164,11 @@ def test_a_large_run_opens_in_three_seconds(tmp_path):
     folder = synthetic_run(tmp_path / "large", "oprd", steps=5000, problems=1250, samples=16)
     start = time.perf_counter()
     run = read_run(folder)
-    table = outcomes(run)
+    table = summary_table(run)
     taken = time.perf_counter() - start
-    assert len(run.metrics) == 5000 and table["accuracy"].notna().all() and len(run.evals.grades("after")) == 20_000
+    assert (
+        len(run.metrics) == 5000
+        and table["accuracy"].notna().all()
+        and len(run.evals.grades("after")) == 20_000
+    )
     assert taken <= 3, f"took {taken:.1f} s"

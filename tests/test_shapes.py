@@ -1,4 +1,5 @@
 """Shapes in signatures are checked, not only written: the main path runs in a process where jaxtyping wraps the package at import."""
+
 import subprocess
 import sys
 import textwrap

@@ -11,16 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd_nb.core import measured
-from oprd_nb.structure import (
-    CHUNK,
-    Moments,
+from oprd_nb.structure.moments import CHUNK, Moments, effective_rank, pca_spectrum, planted_pair
+from oprd_nb.structure.ranks import (
     component_r2,
-    effective_rank,
     error_decomposition,
-    fit_closed_form,
+    fit_ridge,
     fit_sgd,
-    pca_spectrum,
-    planted_pair,
     prefix_cosine,
     rank_curve,
     suggest_rank,
@@ -32,7 +28,10 @@ PAIR = (2, 3)
 def covariance(moments, pair=PAIR):
     """The joint covariance of (student, teacher) columns that the moments hold."""
     m = moments[pair]
-    top, bottom = torch.cat([m.scatter_student, m.scatter_cross], 1), torch.cat([m.scatter_cross.T, m.scatter_teacher], 1)
+    top, bottom = (
+        torch.cat([m.scatter_student, m.scatter_cross], 1),
+        torch.cat([m.scatter_cross.T, m.scatter_teacher], 1),
+    )
     return (torch.cat([top, bottom]) / (m.count - 1)).numpy()
 
 
@@ -60,13 +59,19 @@ def test_any_batching_and_any_merge_equal_numpy(sizes, cut, offset):
         (a if i < cut else b).update(PAIR, *part)
     expected = np.cov(torch.cat([student, teacher], 1).numpy(), rowvar=False)
     assert a.merge(b) is a and a[PAIR].count == len(student)
-    np.testing.assert_allclose(covariance(a), expected, rtol=0, atol=1e-10 * max(1, abs(expected).max()) if not offset else 1e-8)
+    np.testing.assert_allclose(
+        covariance(a), expected, rtol=0, atol=1e-10 * max(1, abs(expected).max()) if not offset else 1e-8
+    )
     np.testing.assert_allclose(a[PAIR].mean_student, student.mean(0), rtol=1e-12, atol=1e-12)
 
 
 def test_chunks_and_dtypes():
     student, teacher = gaussian(2 * CHUNK + 17, offset=3.0)
-    np.testing.assert_allclose(covariance(seen(student, teacher)), np.cov(torch.cat([student, teacher], 1).numpy(), rowvar=False), atol=1e-10)
+    np.testing.assert_allclose(
+        covariance(seen(student, teacher)),
+        np.cov(torch.cat([student, teacher], 1).numpy(), rowvar=False),
+        atol=1e-10,
+    )
     low = seen(student.bfloat16(), teacher.bfloat16())
     expected = np.cov(torch.cat([student.bfloat16(), teacher.bfloat16()], 1).double().numpy(), rowvar=False)
     np.testing.assert_allclose(covariance(low), expected, atol=1e-10)
@@ -97,8 +102,16 @@ print(cost.delta_peak)
 
 def peak_and_moments(times, path):
     """Peak memory of `times` passes over 10 k rows of width 576, in a process of its own, and the moments it found."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back at once and cannot hide in the heap
-    done = subprocess.run([sys.executable, "-c", PEAK, str(times), str(path)], capture_output=True, text=True, check=True, env=environment)
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # freed tensors go back at once and cannot hide in the heap
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(times), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     return int(done.stdout), Moments.load(path)
 
 
@@ -107,7 +120,9 @@ def test_memory_does_not_grow_with_rows(times, tmp_path):
     few, _ = peak_and_moments(1, tmp_path / "few")
     many, moments = peak_and_moments(times, tmp_path / "many")
     assert few > 8 * 3 * 576**2 and many <= 1.1 * few  # the three scatters alone take 8 * 3 * 576**2 bytes
-    block = np.concatenate([torch.randn(10_000, 576, generator=torch.Generator().manual_seed(0)).add(2).double().numpy()] * 2, 1)
+    block = np.concatenate(
+        [torch.randn(10_000, 576, generator=torch.Generator().manual_seed(0)).add(2).double().numpy()] * 2, 1
+    )
     expected = np.cov(block, rowvar=False) * (9_999 * times) / (10_000 * times - 1)
     assert moments[1, 1].count == 10_000 * times
     np.testing.assert_allclose(covariance(moments, (1, 1)), expected, atol=1e-10)
@@ -128,16 +143,24 @@ def test_what_is_not_a_moments_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
-    (tmp_path / "torn.safetensors").write_bytes(seen(*gaussian(9)).save(tmp_path / "m.safetensors").read_bytes()[:200])
+    (tmp_path / "torn.safetensors").write_bytes(
+        seen(*gaussian(9)).save(tmp_path / "m.safetensors").read_bytes()[:200]
+    )
     for name in ("other", "torn", "missing"):
         with pytest.raises(ValueError, match="path="):
             Moments.load(tmp_path / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(("bad", "says"), [
-    (lambda s, t: (s, t[:-1]), "paired rows"), (lambda s, t: (t, s), "paired rows"), (lambda s, t: (s[0], t[0]), "paired rows"),
-    (lambda s, t: (s.clone().fill_(float("inf")), t), "h_student"), (lambda s, t: (s, t.clone().fill_(float("nan"))), "h_teacher"),
-])
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (lambda s, t: (s, t[:-1]), "paired rows"),
+        (lambda s, t: (t, s), "paired rows"),
+        (lambda s, t: (s[0], t[0]), "paired rows"),
+        (lambda s, t: (s.clone().fill_(float("inf")), t), "h_student"),
+        (lambda s, t: (s, t.clone().fill_(float("nan"))), "h_teacher"),
+    ],
+)
 def test_bad_rows_are_refused_and_change_nothing(bad, says):
     student, teacher = gaussian(2 * CHUNK)
     moments = seen(student, teacher)
@@ -160,20 +183,31 @@ def test_bad_arguments_name_themselves():
     student, teacher = gaussian(300)
     moments, heldout = seen(student, teacher), {PAIR: (student, teacher)}
     cases = {
-        r"layer_pairs=\[\]": lambda: Moments([], 5, 7), r"layer_pairs=\[\(1, 1\), \(1, 1\)\]": lambda: Moments([(1, 1), (1, 1)], 5, 7),
-        "d_student=0": lambda: Moments([PAIR], 0, 7), r"layer_pair=\(9, 9\)": lambda: moments.update((9, 9), student, teacher),
-        "other:": lambda: moments.merge(Moments([PAIR], 5, 8)), "side='both'": lambda: pca_spectrum(moments, PAIR, "both"),
-        "0 rows of layer pair": lambda: pca_spectrum(Moments([PAIR], 5, 7), PAIR), "spectrum:": lambda: effective_rank(torch.zeros(4)),
-        "ridge=-1": lambda: fit_closed_form(moments, PAIR, ridge=-1), "ridge=0": lambda: fit_closed_form(seen(student[:4], teacher[:4]), PAIR, 0),
+        r"layer_pairs=\[\]": lambda: Moments([], 5, 7),
+        r"layer_pairs=\[\(1, 1\), \(1, 1\)\]": lambda: Moments([(1, 1), (1, 1)], 5, 7),
+        "d_student=0": lambda: Moments([PAIR], 0, 7),
+        r"layer_pair=\(9, 9\)": lambda: moments.update((9, 9), student, teacher),
+        "other:": lambda: moments.merge(Moments([PAIR], 5, 8)),
+        "side='both'": lambda: pca_spectrum(moments, PAIR, "both"),
+        "0 rows of layer pair": lambda: pca_spectrum(Moments([PAIR], 5, 7), PAIR),
+        "spectrum:": lambda: effective_rank(torch.zeros(4)),
+        "ridge=-1": lambda: fit_ridge(moments, PAIR, ridge=-1),
+        "ridge=0": lambda: fit_ridge(seen(student[:4], teacher[:4]), PAIR, 0),
         "degrees of freedom": lambda: component_r2(seen(student[:6], teacher[:6]), PAIR, ridge=1e-6),
-        r"ranks=\[0, 8\]: \[0, 8\]": lambda: rank_curve(moments, heldout, [0, 8]), r"ranks=\[\]": lambda: rank_curve(moments, heldout, []),
-        "heldout: is empty": lambda: rank_curve(moments, {}, [1]), "heldout: has no rows": lambda: component_r2(moments, PAIR, {}),
+        r"ranks=\[0, 8\]: \[0, 8\]": lambda: rank_curve(moments, heldout, [0, 8]),
+        r"ranks=\[\]": lambda: rank_curve(moments, heldout, []),
+        "heldout: is empty": lambda: rank_curve(moments, {}, [1]),
+        "heldout: has no rows": lambda: component_r2(moments, PAIR, {}),
         "heldout: 1 rows": lambda: component_r2(moments, PAIR, {PAIR: (student[:1], teacher[:1])}),
         "groups: given without": lambda: suggest_rank(moments, groups=[0, 1]),
-        "groups: 1 responses": lambda: suggest_rank(moments, heldout, [0] * 300), "groups: 2 responses": lambda: suggest_rank(moments, heldout, [0, 1]),
-        "different numbers of rows": lambda: suggest_rank(seen(student, teacher, [(1, 1), (2, 2)]),
-                                                         {(1, 1): (student, teacher), (2, 2): (student[:9], teacher[:9])}),
-        "heldout: is empty, or": lambda: suggest_rank(moments, {}), "targets: 2 rows": lambda: fit_sgd(student, teacher[:2]),
+        "groups: 1 responses": lambda: suggest_rank(moments, heldout, [0] * 300),
+        "groups: 2 responses": lambda: suggest_rank(moments, heldout, [0, 1]),
+        "different numbers of rows": lambda: suggest_rank(
+            seen(student, teacher, [(1, 1), (2, 2)]),
+            {(1, 1): (student, teacher), (2, 2): (student[:9], teacher[:9])},
+        ),
+        "heldout: is empty, or": lambda: suggest_rank(moments, {}),
+        "targets: 2 rows": lambda: fit_sgd(student, teacher[:2]),
     }
     for says, call in cases.items():
         with pytest.raises(ValueError, match=says) as caught:
@@ -198,18 +232,24 @@ def test_spectrum_is_numpys_and_merging_keeps_the_signs():
     student, teacher = gaussian(400)
     whole = seen(student, teacher)
     halves = seen(student[200:], teacher[200:]).merge(seen(student[:200], teacher[:200]))
-    np.testing.assert_allclose(pca_spectrum(whole, PAIR), np.linalg.eigvalsh(np.cov(teacher.T))[::-1], rtol=1e-10)
-    a, b = fit_closed_form(whole, PAIR), fit_closed_form(halves, PAIR)
-    assert torch.allclose(a.directions, b.directions, atol=1e-8) and torch.allclose(a.weights, b.weights, atol=1e-8)
+    np.testing.assert_allclose(
+        pca_spectrum(whole, PAIR), np.linalg.eigvalsh(np.cov(teacher.T))[::-1], rtol=1e-10
+    )
+    a, b = fit_ridge(whole, PAIR), fit_ridge(halves, PAIR)
+    assert torch.allclose(a.directions, b.directions, atol=1e-8) and torch.allclose(
+        a.weights, b.weights, atol=1e-8
+    )
 
 
 def test_ridge_is_the_textbooks_and_has_no_unit():
     student, teacher = gaussian(200)
-    fit = fit_closed_form(seen(student, teacher), PAIR, ridge=0.3)
+    fit = fit_ridge(seen(student, teacher), PAIR, ridge=0.3)
     x, z = student - student.mean(0), fit.teacher(teacher)
     kappa = 0.3 * x.square().sum() / 5  # n - 1 times the relative penalty
-    assert torch.allclose(fit.weights, torch.linalg.solve(x.T @ x + kappa * torch.eye(5).double(), x.T @ z), atol=1e-10)
-    scaled = fit_closed_form(seen(1000 * student, teacher), PAIR, ridge=0.3)
+    assert torch.allclose(
+        fit.weights, torch.linalg.solve(x.T @ x + kappa * torch.eye(5).double(), x.T @ z), atol=1e-10
+    )
+    scaled = fit_ridge(seen(1000 * student, teacher), PAIR, ridge=0.3)
     assert torch.allclose(scaled.student(1000 * student), fit.student(student), atol=1e-9)
     hat = x @ torch.linalg.solve(x.T @ x + kappa * torch.eye(5).double(), x.T)
     assert torch.allclose(fit.degrees_of_freedom, hat.trace())
@@ -225,20 +265,25 @@ def test_a_rank_deficient_teacher_gives_finite_numbers():
 
 def test_fewer_rows_than_dimensions():
     student, teacher = gaussian(40, d_student=60, d_teacher=20)
-    fit = fit_closed_form(seen(student, teacher), PAIR)
+    fit = fit_ridge(seen(student, teacher), PAIR)
     assert torch.isfinite(fit.weights).all() and (fit.degrees_of_freedom < 40 / 3).all()
 
 
 def test_error_decomposition_is_a_distance_and_its_steps_ask_one_half():
     student, teacher = gaussian(5000)
     moments = seen(student, teacher)
-    fit, errors = fit_closed_form(moments, PAIR, ridge=0), error_decomposition(moments, PAIR, {PAIR: (student, teacher)}, ridge=0)
+    fit, errors = (
+        fit_ridge(moments, PAIR, ridge=0),
+        error_decomposition(moments, PAIR, {PAIR: (student, teacher)}, ridge=0),
+    )
     y, said = teacher - teacher.mean(0), fit.student(student) @ fit.directions.T
     for row in errors.itertuples():
-        asked = y @ fit.directions[:, :row.rank] @ fit.directions[:, :row.rank].T
+        asked = y @ fit.directions[:, : row.rank] @ fit.directions[:, : row.rank].T
         assert row.total == pytest.approx(float((asked - said).square().sum() / 5000), rel=1e-9)
     table = component_r2(moments, PAIR, {PAIR: (student, teacher)}, ridge=0)
-    np.testing.assert_allclose(np.diff(errors.total), (table.eigenvalue * (1 - 2 * table.rho2))[1:], atol=1e-9)
+    np.testing.assert_allclose(
+        np.diff(errors.total), (table.eigenvalue * (1 - 2 * table.rho2))[1:], atol=1e-9
+    )
     assert (np.diff(errors.fitting) >= -1e-12).all() and (np.diff(errors.truncation) <= 1e-12).all()
 
 
@@ -248,11 +293,15 @@ def test_rotations_change_nothing():
     turned = rows.student @ q + 5
     a = rank_curve(seen(rows.student, rows.teacher), {PAIR: (rows.student, rows.teacher)}, [1, 4, 12])
     b = rank_curve(seen(turned, rows.teacher), {PAIR: (turned, rows.teacher)}, [1, 4, 12])
-    np.testing.assert_allclose(a[["cosine", "r2", "explained_variance"]], b[["cosine", "r2", "explained_variance"]], atol=1e-5)
+    np.testing.assert_allclose(
+        a[["cosine", "r2", "explained_variance"]], b[["cosine", "r2", "explained_variance"]], atol=1e-5
+    )
 
 
 def test_shuffled_pairs_share_nothing():
-    rows = planted_pair(256, torch.linspace(9, 1, 12), torch.full((12,), 0.9), d_student=12, response_length=16)
+    rows = planted_pair(
+        256, torch.linspace(9, 1, 12), torch.full((12,), 0.9), d_student=12, response_length=16
+    )
     shuffled = rows.student[torch.randperm(4096, generator=torch.Generator().manual_seed(0))]
     assert suggest_rank(seen(rows.student, rows.teacher)).rank == 12
     assert suggest_rank(seen(shuffled, rows.teacher)).rank == 0
@@ -267,7 +316,11 @@ def test_rank_curve_keeps_layers_apart():
     heldout = {(1, 1): (a.student, a.teacher), (2, 4): (b.student, b.teacher)}
     curve = rank_curve(moments, heldout=heldout, ranks=[8, 1])
     assert list(curve.columns[:5]) == ["layer", "rank", "cosine", "r2", "explained_variance"]
-    assert curve.layer.tolist() == [1, 1, 2, 2] and curve.teacher_layer.tolist() == [1, 1, 4, 4] and curve["rank"].tolist() == [8, 1, 8, 1]
+    assert (
+        curve.layer.tolist() == [1, 1, 2, 2]
+        and curve.teacher_layer.tolist() == [1, 1, 4, 4]
+        and curve["rank"].tolist() == [8, 1, 8, 1]
+    )
     assert curve.r2[0] > 0.8 > 0.5 > curve.r2[2]
     both = suggest_rank(moments, heldout, a.responses)
     assert both.layers["rank"].tolist() == [12, 0] and both.layers["low"].tolist() == [12, 0]
@@ -279,10 +332,14 @@ def test_rank_curve_keeps_layers_apart():
 def test_planted_rank_is_recovered(rank, share):
     eigenvalues = torch.cat([torch.linspace(12, 3, rank), torch.arange(1, 81 - rank) ** -0.3])
     for seed in range(3):
-        rows = planted_pair(256, eigenvalues, torch.where(torch.arange(80) < rank, share, 0.0), d_student=64, seed=seed)
+        rows = planted_pair(
+            256, eigenvalues, torch.where(torch.arange(80) < rank, share, 0.0), d_student=64, seed=seed
+        )
         first = rows.responses < 128
         moments = seen(rows.student[first], rows.teacher[first])
-        found = suggest_rank(moments, {PAIR: (rows.student[~first], rows.teacher[~first])}, rows.responses[~first])
+        found = suggest_rank(
+            moments, {PAIR: (rows.student[~first], rows.teacher[~first])}, rows.responses[~first]
+        )
         assert abs(found.rank - rank) <= 1 and found.low <= rank <= found.high
         assert abs(suggest_rank(moments).rank - rank) <= 1
 
@@ -300,33 +357,48 @@ def test_recipe_at_a_small_rank_is_the_head_of_a_large_one():
     student, teacher = gaussian(600, 12, 20)
     whole = fit_sgd(student, teacher, epochs=3, batch_size=64)
     for rank in (1, 5):
-        assert torch.allclose(fit_sgd(student, teacher[:, :rank], epochs=3, batch_size=64), whole[:rank], atol=1e-5)
+        assert torch.allclose(
+            fit_sgd(student, teacher[:, :rank], epochs=3, batch_size=64), whole[:rank], atol=1e-5
+        )
 
 
 def pooled_r2(prediction, truth):
-    return 1 - (prediction - truth).square().sum(0).cumsum(0) / (truth - truth.mean(0)).square().sum(0).cumsum(0)
+    return 1 - (prediction - truth).square().sum(0).cumsum(0) / (truth - truth.mean(0)).square().sum(
+        0
+    ).cumsum(0)
 
 
 @pytest.mark.parametrize(("share", "length"), [(0.95, 1), (0.6, 16)])
 def test_closed_form_beats_the_recipe_at_every_rank(share, length):
     """r = 1 .. 256, same rows: training error never above the recipe's; held out, R^2 and cosine never 0.005 below it."""
-    rows = planted_pair(16384 // length, 100 * torch.arange(1, 257) ** -1.2, torch.full((256,), share), 256, length, seed=11)
+    rows = planted_pair(
+        16384 // length, 100 * torch.arange(1, 257) ** -1.2, torch.full((256,), share), 256, length, seed=11
+    )
     first = rows.responses < 8192 // length
     moments = seen(rows.student[first], rows.teacher[first])
-    chosen, plain = fit_closed_form(moments, PAIR), fit_closed_form(moments, PAIR, ridge=1e-6)
+    chosen, plain = fit_ridge(moments, PAIR), fit_ridge(moments, PAIR, ridge=1e-6)
     x, x_new = rows.student[first].double(), rows.student[~first].double()
     z, z_new = chosen.teacher(rows.teacher[first]), chosen.teacher(rows.teacher[~first])
     for rate in (1e-3, 1e-2):
-        recipe = fit_sgd(x, z, learning_rate=rate).T.double()  # holds the run at every smaller rank, as tested above
-        assert ((plain.student(x) - z).square().mean(0).cumsum(0) <= (x @ recipe - z).square().mean(0).cumsum(0)).all()
+        recipe = fit_sgd(
+            x, z, learning_rate=rate
+        ).T.double()  # holds the run at every smaller rank, as tested above
+        assert (
+            (plain.student(x) - z).square().mean(0).cumsum(0) <= (x @ recipe - z).square().mean(0).cumsum(0)
+        ).all()
         assert (pooled_r2(chosen.student(x_new), z_new) >= pooled_r2(x_new @ recipe, z_new) - 0.005).all()
-        assert (prefix_cosine(chosen.student(x_new), z_new).mean(0) >= prefix_cosine(x_new @ recipe, z_new).mean(0) - 0.005).all()
+        assert (
+            prefix_cosine(chosen.student(x_new), z_new).mean(0)
+            >= prefix_cosine(x_new @ recipe, z_new).mean(0) - 0.005
+        ).all()
 
 
 def test_all_ranks_in_closed_form_cost_less_than_a_fiftieth_of_the_recipe():
-    rows = planted_pair(256, 100 * torch.arange(1, 257) ** -1.2, torch.full((256,), 0.95), d_student=256, response_length=16)
+    rows = planted_pair(
+        256, 100 * torch.arange(1, 257) ** -1.2, torch.full((256,), 0.95), d_student=256, response_length=16
+    )
     with measured() as closed:
-        fit = fit_closed_form(seen(rows.student, rows.teacher), PAIR)
+        fit = fit_ridge(seen(rows.student, rows.teacher), PAIR)
     with measured() as cheapest:
         fit_sgd(rows.student, fit.teacher(rows.teacher, 1))
     assert 256 * cheapest.seconds > 50 * closed.seconds  # 256 runs, each as cheap as the one at rank 1

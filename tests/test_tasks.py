@@ -10,54 +10,137 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd_nb import tasks
-from oprd_nb.tasks import (
+from oprd_nb.tasks import grading
+from oprd_nb.tasks.grading import GradingProcess, extract_answer, grade, grade_all, quick_verdict
+from oprd_nb.tasks.problems import (
     INSTRUCTION,
     KNOWN,
     Task,
     arithmetic,
     contamination,
-    extract_answer,
-    grade,
-    grade_all,
     load_task,
-    quick_verdict,
     sample_problems,
     solve,
     split_of,
 )
 
 RIGHT = [  # (in the box, reference)
-    (r"\frac{1}{2}", r"\frac12"), (r"\dfrac{3}{4}", "0.75"), ("1/2", r"\frac{1}{2}"), (r"\frac{2}{4}", r"\frac{1}{2}"),
-    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"2\frac{1}{2}", r"\frac{5}{2}"), ("142", "142.0"), ("142.0", "142"), ("23", "023"),
-    ("1,234", "1234"), (r"11{,}111", "11111"), (r"10,\!080", "10080"), ("1 000", "1000"), ("-0.5", r"-\frac12"), ("1e3", "1000"),
-    (r"50\%", "50"), (r"50\%", "0.5"), (r"\{1,2,3\}", r"\{3,2,1\}"), ("1,2", "2,1"), (r"1 \text{ and } 2", "1,2"), (r"\pm 2", "2,-2"),
-    ("[0,1)", "[0, 1)"), (r"x \in [-2,7]", "[-2,7]"), (r"0 \le x < 1", "[0,1)"), (r"(3,\infty)\cup(-\infty,2)", r"(-\infty, 2) \cup (3, \infty)"),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"), (r"5\text{ cm}", "5"), ("5", r"5\text{ cm}"), (r"\text{5 cm}", "5"), (r"12\ \text{cm}^2", "12"),
-    (r"90^\circ", "90"), (r"90 \text{ degrees}", r"90^\circ"), (r"\$18.90", "18.90"), ("5 dollars", "5"), (r"\text{Evelyn}", "Evelyn"),
-    (r"\text{evelyn}", r"\text{Evelyn}"), (r"\text{(C)}", "C"), (r"\textbf{(B)}", "B"), (r"\sqrt{2}", r"\sqrt2"), (r"2\sqrt{3}", r"\sqrt{12}"),
-    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"), ("x=5", "5"), ("$5$", "5"), ("5.", "5"), ("x^2+2x+1", "(x+1)^2"), ("-5i+6", "6 - 5i"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("4210_{5}", "4210_5"), ("2^{10}", "1024"), (r"\displaystyle\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", r"\frac12"),
+    (r"\dfrac{3}{4}", "0.75"),
+    ("1/2", r"\frac{1}{2}"),
+    (r"\frac{2}{4}", r"\frac{1}{2}"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"2\frac{1}{2}", r"\frac{5}{2}"),
+    ("142", "142.0"),
+    ("142.0", "142"),
+    ("23", "023"),
+    ("1,234", "1234"),
+    (r"11{,}111", "11111"),
+    (r"10,\!080", "10080"),
+    ("1 000", "1000"),
+    ("-0.5", r"-\frac12"),
+    ("1e3", "1000"),
+    (r"50\%", "50"),
+    (r"50\%", "0.5"),
+    (r"\{1,2,3\}", r"\{3,2,1\}"),
+    ("1,2", "2,1"),
+    (r"1 \text{ and } 2", "1,2"),
+    (r"\pm 2", "2,-2"),
+    ("[0,1)", "[0, 1)"),
+    (r"x \in [-2,7]", "[-2,7]"),
+    (r"0 \le x < 1", "[0,1)"),
+    (r"(3,\infty)\cup(-\infty,2)", r"(-\infty, 2) \cup (3, \infty)"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    (r"5\text{ cm}", "5"),
+    ("5", r"5\text{ cm}"),
+    (r"\text{5 cm}", "5"),
+    (r"12\ \text{cm}^2", "12"),
+    (r"90^\circ", "90"),
+    (r"90 \text{ degrees}", r"90^\circ"),
+    (r"\$18.90", "18.90"),
+    ("5 dollars", "5"),
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{evelyn}", r"\text{Evelyn}"),
+    (r"\text{(C)}", "C"),
+    (r"\textbf{(B)}", "B"),
+    (r"\sqrt{2}", r"\sqrt2"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+    ("x=5", "5"),
+    ("$5$", "5"),
+    ("5.", "5"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("-5i+6", "6 - 5i"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("4210_{5}", "4210_5"),
+    ("2^{10}", "1024"),
+    (r"\displaystyle\frac{1}{2}", "0.5"),
 ]
 WRONG = [
-    ("1/3", r"\frac{1}{2}"), ("142.5", "142"), ("4", "-4"), ("3.14", r"\pi"), (r"\{1,2\}", r"\{1,2,3\}"), ("2", "2,3"), ("12", "1,2"),
-    ("[0,1]", "[0,1)"), ("(0,1)", "[0,1]"), (r"(-\infty,2]\cup(3,\infty)", r"(-\infty, 2) \cup (3, \infty)"), ("(2,1)", "(1,2)"), (r"6\text{ cm}", "5"),
-    ("Carla", r"\text{Evelyn}"), (r"\text{TOM}", r"\text{MOT}"), ("A", "B"), ("x^2+2x+1", "(x+2)^2"), ("4210_{6}", "4210_5"), ("x<3", "x>3"),
-    ("12345678901234567890", "12345678901234567891"), ("2 2", "22"), (r"\neq 5", "5"), (r"\geq 5", "5"), ("5!", "5"), (r"\text{12 or 13}", "12"), (r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("1/3", r"\frac{1}{2}"),
+    ("142.5", "142"),
+    ("4", "-4"),
+    ("3.14", r"\pi"),
+    (r"\{1,2\}", r"\{1,2,3\}"),
+    ("2", "2,3"),
+    ("12", "1,2"),
+    ("[0,1]", "[0,1)"),
+    ("(0,1)", "[0,1]"),
+    (r"(-\infty,2]\cup(3,\infty)", r"(-\infty, 2) \cup (3, \infty)"),
+    ("(2,1)", "(1,2)"),
+    (r"6\text{ cm}", "5"),
+    ("Carla", r"\text{Evelyn}"),
+    (r"\text{TOM}", r"\text{MOT}"),
+    ("A", "B"),
+    ("x^2+2x+1", "(x+2)^2"),
+    ("4210_{6}", "4210_5"),
+    ("x<3", "x>3"),
+    ("12345678901234567890", "12345678901234567891"),
+    ("2 2", "22"),
+    (r"\neq 5", "5"),
+    (r"\geq 5", "5"),
+    ("5!", "5"),
+    (r"\text{12 or 13}", "12"),
+    (r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]
 WHOLE = [  # (response, reference, verdict): where the box is
-    (r"First \boxed{3}, then corrected: \boxed{4}.", "4", True), (r"First \boxed{3}, then corrected: \boxed{4}.", "3", False),
-    ("The answer is 4.", "4", False), (r"\boxed{\frac{a}{\frac{b}{c}}}", r"\frac{ac}{b}", True), (r"\boxed{x=\boxed{5}}", "5", True),
-    (r"\boxed{\left\{1,2\right\}}", "1,2", True), (r"\boxed{4", "4", False), (r"\boxed{}", "4", False), (r"\boxed {4}", "4", True),
-    (r"\fbox{4}", "4", True), ("", "", False), (r"\boxed{5} and not \boxed{}", "5", False),
+    (r"First \boxed{3}, then corrected: \boxed{4}.", "4", True),
+    (r"First \boxed{3}, then corrected: \boxed{4}.", "3", False),
+    ("The answer is 4.", "4", False),
+    (r"\boxed{\frac{a}{\frac{b}{c}}}", r"\frac{ac}{b}", True),
+    (r"\boxed{x=\boxed{5}}", "5", True),
+    (r"\boxed{\left\{1,2\right\}}", "1,2", True),
+    (r"\boxed{4", "4", False),
+    (r"\boxed{}", "4", False),
+    (r"\boxed {4}", "4", True),
+    (r"\fbox{4}", "4", True),
+    ("", "", False),
+    (r"\boxed{5} and not \boxed{}", "5", False),
 ]
 HOSTILE = {
-    "tower": r"\boxed{10^{10^{10^{10}}}}", "nines": r"\boxed{9^{9^{9^{9^{9}}}}}", "factorial": r"\boxed{(10^{8})!}", "double factorial": r"\boxed{((99999)!)!}",
-    "parentheses": r"\boxed{" + "(" * 450 + "1" + ")" * 450 + "}", "fractions": r"\boxed{" + r"\frac{1}{" * 90 + "2" + "}" * 90 + "}",
-    "roots": r"\boxed{" + r"\sqrt{2+" * 100 + "1" + "}" * 100 + "}", "sum": r"\boxed{\sum_{n=1}^{10^{12}} \frac{\sin n}{n^{3}}}",
-    "product of sums": r"\boxed{" + "".join(f"(x+{i})" for i in range(150)) + "}", "integral": r"\boxed{\int_0^1 \frac{\sin(x^x)}{\ln(1+x^{x^x})} dx}",
+    "tower": r"\boxed{10^{10^{10^{10}}}}",
+    "nines": r"\boxed{9^{9^{9^{9^{9}}}}}",
+    "factorial": r"\boxed{(10^{8})!}",
+    "double factorial": r"\boxed{((99999)!)!}",
+    "parentheses": r"\boxed{" + "(" * 450 + "1" + ")" * 450 + "}",
+    "fractions": r"\boxed{" + r"\frac{1}{" * 90 + "2" + "}" * 90 + "}",
+    "roots": r"\boxed{" + r"\sqrt{2+" * 100 + "1" + "}" * 100 + "}",
+    "sum": r"\boxed{\sum_{n=1}^{10^{12}} \frac{\sin n}{n^{3}}}",
+    "product of sums": r"\boxed{" + "".join(f"(x+{i})" for i in range(150)) + "}",
+    "integral": r"\boxed{\int_0^1 \frac{\sin(x^x)}{\ln(1+x^{x^x})} dx}",
 }
-ODD = ["\\boxed{" * 100_000, "\\boxed{x}" * 50_000, "{" * 1_000_000, "\\boxed{" + "9" * 200_000 + "}", "\\boxed{\0\ud800}", "\\boxed{'); import os}", None, 5, ["\\boxed{5}"], b"\\boxed{5}"]
+ODD = [
+    "\\boxed{" * 100_000,
+    "\\boxed{x}" * 50_000,
+    "{" * 1_000_000,
+    "\\boxed{" + "9" * 200_000 + "}",
+    "\\boxed{\0\ud800}",
+    "\\boxed{'); import os}",
+    None,
+    5,
+    ["\\boxed{5}"],
+    b"\\boxed{5}",
+]
 
 
 def box(text):
@@ -105,7 +188,12 @@ def test_a_killed_process_is_replaced():
 
 def test_threads_agree_with_the_main_thread():
     found = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: [grade(box(a), b) for a, b in RIGHT[i::8] + WRONG[i::8]]})) for i in range(8)]
+    threads = [
+        threading.Thread(
+            target=lambda i=i: found.update({i: [grade(box(a), b) for a, b in RIGHT[i::8] + WRONG[i::8]]})
+        )
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -124,27 +212,42 @@ def test_a_forked_child_grades_on_its_own():
 
 
 def test_a_broken_installation_is_said_and_not_graded_false(monkeypatch):
-    monkeypatch.setattr(tasks.sys, "executable", "/bin/true")
+    monkeypatch.setattr(grading.sys, "executable", "/bin/true")
     with pytest.raises(RuntimeError, match="does not start"):
-        tasks.GradingProcess().ask("1", "2")
+        GradingProcess().ask("1", "2")
 
 
 def test_grade_all_is_grade():
     responses = [box(a) for a, _ in RIGHT + WRONG] * 2
     answers = [b for _, b in RIGHT + WRONG] * 2
-    assert grade_all(responses, answers) == [True] * len(RIGHT) + [False] * len(WRONG) + [True] * len(RIGHT) + [False] * len(WRONG)
+    assert grade_all(responses, answers) == [True] * len(RIGHT) + [False] * len(WRONG) + [True] * len(
+        RIGHT
+    ) + [False] * len(WRONG)
     assert grade_all([], []) == []
     with pytest.raises(ValueError, match="answers: 1 for 2 responses"):
         grade_all(["a", "b"], ["a"])
 
 
-@given(st.integers(-10**12, 10**12))
+@given(st.integers(-(10**12), 10**12))
 def test_integers_in_every_dress(value):
-    for dress in (f"{value}", f"{value}.0", f"{value:,}", f"{value}\\text{{ cm}}"[:len(str(value))], f"$ {value} $", f"\\text{{{value}}}", f"{value}."):
+    for dress in (
+        f"{value}",
+        f"{value}.0",
+        f"{value:,}",
+        f"{value}\\text{{ cm}}"[: len(str(value))],
+        f"$ {value} $",
+        f"\\text{{{value}}}",
+        f"{value}.",
+    ):
         assert quick_verdict(dress, str(value)) is True and quick_verdict(dress, str(value + 1)) is False
 
 
-@given(st.recursive(st.sampled_from(["1", "x", r"\{", r"\}", r"\\"]), lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda p: "{" + "".join(p) + "}")))
+@given(
+    st.recursive(
+        st.sampled_from(["1", "x", r"\{", r"\}", r"\\"]),
+        lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda p: "{" + "".join(p) + "}"),
+    )
+)
 def test_a_balanced_box_comes_out_whole(content):
     assert extract_answer(f"\\boxed{{1}} {box(content)} }}}}") == content
 
@@ -160,16 +263,29 @@ def test_extraction_never_raises(text):
 def test_splits_are_disjoint_for_all_seeds(seed, other, operands):
     train, test = sample_problems(200, "train", seed, operands), sample_problems(50, "test", other, operands)
     assert not set(train) & set(test) and len(set(train)) == 200 and len(set(test)) == 50
-    assert all(split_of(p) == "train" for p in train) and all(grade(solve(p), str(eval(p))) for p in train[:20])
+    assert all(split_of(p) == "train" for p in train) and all(
+        grade(solve(p), str(eval(p))) for p in train[:20]
+    )
 
 
 def test_arithmetic_repeats_and_differs_by_seed():
     small = dict(train=50, test=20, validation=20)
-    assert arithmetic(**small).test["answer"] == arithmetic(**small).test["answer"] != arithmetic(**small, seed=1).test["answer"]
+    assert (
+        arithmetic(**small).test["answer"]
+        == arithmetic(**small).test["answer"]
+        != arithmetic(**small, seed=1).test["answer"]
+    )
     assert arithmetic(train=10, test=20, validation=20).test["prompt"] == arithmetic(**small).test["prompt"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(dict(operands=1), "operands=1"), (dict(test=0), "test=0"), (dict(operands=2, test=5000), "test=5000: there are only")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(operands=1), "operands=1"),
+        (dict(test=0), "test=0"),
+        (dict(operands=2, test=5000), "test=5000: there are only"),
+    ],
+)
 def test_arithmetic_says_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         arithmetic(**(dict(train=5, test=5, validation=5) | arguments))
@@ -184,11 +300,20 @@ def refused(name) -> str:
 
 def test_bad_files_are_refused_in_one_line(tmp_path, monkeypatch):
     message = [{"role": "user", "content": "1+1?"}]
-    assert "aime24" in refused("gsm9k") and "no such file" in refused("nowhere.parquet") and "no such file" in refused(tmp_path / "folder.parquet")
+    assert (
+        "aime24" in refused("gsm9k")
+        and "no such file" in refused("nowhere.parquet")
+        and "no such file" in refused(tmp_path / "folder.parquet")
+    )
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
     assert "cannot be read as parquet" in refused(tmp_path / "torn.parquet")
-    for name, frame, expected in [("bare", {"question": ["1+1?"]}, "no column 'prompt'"), ("text", {"prompt": ["1+1?"]}, "row 0"),
-                                  ("none", {"prompt": [message, None]}, "row 1"), ("empty", {"prompt": [message][:0]}, "no rows"), ("role", {"prompt": [[{"role": "user"}]]}, "row 0")]:
+    for name, frame, expected in [
+        ("bare", {"question": ["1+1?"]}, "no column 'prompt'"),
+        ("text", {"prompt": ["1+1?"]}, "row 0"),
+        ("none", {"prompt": [message, None]}, "row 1"),
+        ("empty", {"prompt": [message][:0]}, "no rows"),
+        ("role", {"prompt": [[{"role": "user"}]]}, "row 0"),
+    ]:
         pd.DataFrame(frame).to_parquet(tmp_path / f"{name}.parquet")
         assert expected in refused(tmp_path / f"{name}.parquet")
     monkeypatch.setenv("OPRD_DATA", str(tmp_path / "nowhere"))
@@ -204,7 +329,10 @@ def test_a_saved_task_loads_again(tmp_path):
 
 def test_prompts_without_answers_load(tmp_path):
     pd.DataFrame({"prompt": [[{"role": "user", "content": "Hi"}]]}).to_parquet(tmp_path / "bare.parquet")
-    assert load_task(tmp_path / "bare.parquet").test[0] == {"prompt": [{"role": "user", "content": "Hi"}], "answer": None}
+    assert load_task(tmp_path / "bare.parquet").test[0] == {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "answer": None,
+    }
 
 
 def test_the_hub_gives_the_layout_of_the_files(monkeypatch):
@@ -213,11 +341,17 @@ def test_the_hub_gives_the_layout_of_the_files(monkeypatch):
 
     def hub(name, config, split):
         asked.append((name, config, split))
-        return datasets.Dataset.from_dict({"problem": ["1+1? "], "answer": [2.0], "prompt": ["1+1?"], "solution": ["2"]})
+        return datasets.Dataset.from_dict(
+            {"problem": ["1+1? "], "answer": [2.0], "prompt": ["1+1?"], "solution": ["2"]}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     task, training = load_task("aimo"), load_task("dapo")
-    assert task.train is None and training.test is None and asked == [("AI-MO/aimo-validation-amc", None, "train"), (KNOWN["dapo"].hub, "all", "train")]
+    assert (
+        task.train is None
+        and training.test is None
+        and asked == [("AI-MO/aimo-validation-amc", None, "train"), (KNOWN["dapo"].hub, "all", "train")]
+    )
     assert task.test[0] == {"prompt": [{"role": "user", "content": "1+1?" + INSTRUCTION}], "answer": "2.0"}
     assert training.train[0]["answer"] == "2"
 
@@ -238,12 +372,14 @@ def test_contamination_finds_what_a_double_loop_finds():
     test = [" ".join(words[(i + j * j) % 5] for j in range(9)) for i in range(5)] + train[:1]
 
     def runs(text):
-        return [tuple(text.split()[i:i + 3]) for i in range(len(text.split()) - 2)]
+        return [tuple(text.split()[i : i + 3]) for i in range(len(text.split()) - 2)]
 
     report = contamination(train, test, n=3)
     for text, row in zip(test, report.itertuples(), strict=True):
         listed = runs(text)
-        assert row.overlap == pytest.approx(sum(any(run in runs(other) for other in train) for run in listed) / len(listed))
+        assert row.overlap == pytest.approx(
+            sum(any(run in runs(other) for other in train) for run in listed) / len(listed)
+        )
         assert row.exact == (text in train)
 
 
@@ -256,7 +392,11 @@ def test_contamination_ignores_the_instruction_only():
 
 
 def test_a_task_shows_itself():
-    task = Task("mine", None, datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "a|b"}]], "answer": ["1"]}))
+    task = Task(
+        "mine",
+        None,
+        datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "a|b"}]], "answer": ["1"]}),
+    )
     assert list(task.splits()) == ["test"] and "| test | 1 | a\\|b | 1 |" in task._repr_markdown_()
 
 
@@ -264,7 +404,9 @@ needs_data = pytest.mark.skipif(not os.environ.get("OPRD_DATA"), reason="OPRD_DA
 
 
 @needs_data
-@pytest.mark.parametrize(("name", "problems"), [("aime24", 30), ("aime25", 30), ("aimo", 83), ("math500", 500)])
+@pytest.mark.parametrize(
+    ("name", "problems"), [("aime24", 30), ("aime25", 30), ("aimo", 83), ("math500", 500)]
+)
 def test_real_sets_accept_their_own_answers_and_no_others(name, problems):
     task = load_task(name)
     assert task.train is None and len(task.test) == problems

@@ -1,4 +1,5 @@
 """The three theorems: exact sums beside estimates, what a head cannot see, and E(r) as the distance it is."""
+
 import copy
 
 import pandas as pd
@@ -7,20 +8,21 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from oprd_nb.core import set_seed
-from oprd_nb.models import embedded
-from oprd_nb.objectives import FullKL, Representation, SampledTokenKL
-from oprd_nb.rollouts import HFSampler
-from oprd_nb.structure import Moments, planted_pair
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.output_space import FullKL, SampledTokenKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.structure.moments import Moments, planted_pair
 from oprd_nb.teachers import Teacher
 from oprd_nb.theory import (
-    between,
     blindness_figure,
-    exponent,
+    fit_power_law,
     gradient_noise,
     head_blindness,
+    interpolate_weights,
     noise_figure,
     rank_tradeoff,
-    redrawn,
+    resample_next_tokens,
     signal_and_noise,
     symmetric_kl,
     tradeoff_figure,
@@ -36,12 +38,16 @@ def pair():
 
 @pytest.fixture(scope="module")
 def rollouts(pair):
-    return HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:3], max_new_tokens=12, seed=0)
+    return HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.train["prompt"][:3], max_new_tokens=12, seed=0
+    )
 
 
 def test_estimates_are_unbiased_and_exact_where_draws_agree():
     set_seed(0)
-    draws = torch.tensor([signal_and_noise(1 + 2 * torch.randn(10) for _ in range(5)) for _ in range(2000)]).mean(0)
+    draws = torch.tensor(
+        [signal_and_noise(1 + 2 * torch.randn(10) for _ in range(5)) for _ in range(2000)]
+    ).mean(0)
     assert draws.tolist() == pytest.approx([10, 40], rel=0.1)
     assert signal_and_noise([torch.tensor([3.0, 4.0])] * 2) == (25.0, 0.0)
     with pytest.raises(ValueError, match="1 of them"):
@@ -49,55 +55,114 @@ def test_estimates_are_unbiased_and_exact_where_draws_agree():
 
 
 def test_redrawn_tokens_leave_prompts_and_pads_alone(pair, rollouts):
-    ids = redrawn(pair.student, rollouts, draws=40, seed=0)
+    ids = resample_next_tokens(pair.student, rollouts, draws=40, seed=0)
     assert ids.shape == (40, *rollouts.input_ids.shape)
-    assert (ids[:, ~rollouts.response_mask] == rollouts.input_ids[~rollouts.response_mask]).all() and (ids[:, rollouts.response_mask].float().std(0) > 0).any()
+    assert (ids[:, ~rollouts.response_mask] == rollouts.input_ids[~rollouts.response_mask]).all() and (
+        ids[:, rollouts.response_mask].float().std(0) > 0
+    ).any()
     with torch.no_grad():
         p = pair.student(rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits.softmax(-1)
-    many, (row, column) = redrawn(pair.student, rollouts, 4000, seed=1), rollouts.response_mask.nonzero()[-1].tolist()
+    many, (row, column) = (
+        resample_next_tokens(pair.student, rollouts, 4000, seed=1),
+        rollouts.response_mask.nonzero()[-1].tolist(),
+    )
     counted = torch.bincount(many[:, row, column], minlength=p.shape[-1]) / 4000
-    assert (counted - p[row, column - 1]).abs().max() < 0.03, "drawn from the distribution that predicts the token"
+    assert (counted - p[row, column - 1]).abs().max() < 0.03, (
+        "drawn from the distribution that predicts the token"
+    )
 
 
 def test_only_the_sampled_token_is_noisy(pair, rollouts):
     teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
-    terms = {"sampled": SampledTokenKL(), "full": FullKL(), "rep": Representation(positions="all"), "half": Representation(layers="even", positions="all")}
+    terms = {
+        "sampled": SampledTokenKL(),
+        "full": FullKL(),
+        "rep": Representation(positions="all"),
+        "half": Representation(layers="even", positions="all"),
+    }
     table = gradient_noise(pair.student, teacher, rollouts, pair.tokenizer, terms, shares=(1, 0.5), draws=3)
     noise = table.groupby("term").noise.max()
-    assert noise["sampled"] > 0 and (noise.drop("sampled") == 0).all() and (table[table.term != "sampled"].signal > 0).all()
-    assert table.divergence.iloc[0] == pytest.approx(symmetric_kl(pair.student, pair.teacher, rollouts)) and len(table) == 8
+    assert (
+        noise["sampled"] > 0
+        and (noise.drop("sampled") == 0).all()
+        and (table[table.term != "sampled"].signal > 0).all()
+    )
+    assert (
+        table.divergence.iloc[0] == pytest.approx(symmetric_kl(pair.student, pair.teacher, rollouts))
+        and len(table) == 8
+    )
     fig = noise_figure(table)
-    assert [trace.name for trace in fig.data] == ["sampled", "sampled", "full: no noise", "rep: no noise", "half: no noise"] and fig.layout.xaxis.type == fig.layout.yaxis.type == "log"
+    assert [trace.name for trace in fig.data] == [
+        "sampled",
+        "sampled",
+        "full: no noise",
+        "rep: no noise",
+        "half: no noise",
+    ] and fig.layout.xaxis.type == fig.layout.yaxis.type == "log"
     assert len({trace.line.color for trace in fig.data}) == 4 and fig.data[1].line.dash == "dot"
 
 
 def test_the_ends_of_the_path_are_the_two_models(pair, rollouts):
-    assert symmetric_kl(between(pair.student, pair.teacher, 0.0), pair.teacher, rollouts) == pytest.approx(0, abs=1e-8)
-    same = between(pair.student, pair.teacher, 1.0).state_dict()
+    assert symmetric_kl(
+        interpolate_weights(pair.student, pair.teacher, 0.0), pair.teacher, rollouts
+    ) == pytest.approx(0, abs=1e-8)
+    same = interpolate_weights(pair.student, pair.teacher, 1.0).state_dict()
     assert all(torch.equal(w, same[name]) for name, w in pair.student.state_dict().items())
-    tied = [AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)) for _ in range(2)]
-    middle = between(*tied, 0.25)
-    assert middle.lm_head.weight is middle.model.embed_tokens.weight and torch.allclose(middle.lm_head.weight, 0.25 * tied[0].lm_head.weight + 0.75 * tied[1].lm_head.weight)
+    tied = [
+        AutoModelForCausalLM.from_config(
+            Qwen3Config(
+                vocab_size=16,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=8,
+                tie_word_embeddings=True,
+            )
+        )
+        for _ in range(2)
+    ]
+    middle = interpolate_weights(*tied, 0.25)
+    assert middle.lm_head.weight is middle.model.embed_tokens.weight and torch.allclose(
+        middle.lm_head.weight, 0.25 * tied[0].lm_head.weight + 0.75 * tied[1].lm_head.weight
+    )
     wide = embedded("cross_architecture")
     with pytest.raises(ValueError, match="one architecture"):
-        between(wide.student, wide.teacher, 0.5)
+        interpolate_weights(wide.student, wide.teacher, 0.5)
     other = embedded("cross_tokenizer")
     with pytest.raises(ValueError, match="tokenizers"):
-        gradient_noise(other.student, Teacher(other.teacher, other.teacher_tokenizer), rollouts, other.tokenizer, {"full": FullKL()})
+        gradient_noise(
+            other.student,
+            Teacher(other.teacher, other.teacher_tokenizer),
+            rollouts,
+            other.tokenizer,
+            {"full": FullKL()},
+        )
 
 
 def test_a_power_is_found():
     delta = torch.logspace(-6, 0, 7).numpy()
-    assert exponent(pd.DataFrame({"divergence": delta, "noise": 3 * delta**1.5}), "noise") == pytest.approx(1.5)
+    assert fit_power_law(
+        pd.DataFrame({"divergence": delta, "noise": 3 * delta**1.5}), "noise"
+    ) == pytest.approx(1.5)
 
 
 def test_a_head_is_blind_to_its_null_space(pair):
     table = head_blindness(pair.student, torch.randn(20, 96))
-    assert len(table) == 96 and (table.singular_value == 0).sum() == 76 and table.singular_value.is_monotonic_decreasing
+    assert (
+        len(table) == 96
+        and (table.singular_value == 0).sum() == 76
+        and table.singular_value.is_monotonic_decreasing
+    )
     few = head_blindness(pair.student, torch.randn(20, 96), directions=5)
     assert list(few.direction) == [1, 25, 49, 72, 96]
     fig = blindness_figure(table)
-    assert len(fig.data[1].x) == 20 and "76 directions are not seen" in fig.layout.meta["subtitle"] and fig.data[1].y[0] == 1
+    assert (
+        len(fig.data[1].x) == 20
+        and "76 directions are not seen" in fig.layout.meta["subtitle"]
+        and fig.data[1].y[0] == 1
+    )
     with pytest.raises(ValueError, match=r"shape \(20, 95\)"):
         head_blindness(pair.student, torch.randn(20, 95))
     with pytest.raises(ValueError, match="bfloat16"):
@@ -105,10 +170,16 @@ def test_a_head_is_blind_to_its_null_space(pair):
 
 
 def test_an_error_of_rank_is_a_distance():
-    planted = planted_pair(200, torch.tensor([8.0, 4, 2, 1, 0.5, 0.25]), torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1]), 6)
+    planted = planted_pair(
+        200, torch.tensor([8.0, 4, 2, 1, 0.5, 0.25]), torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1]), 6
+    )
     student, teacher = planted.student, planted.teacher
     moments = Moments([(1, 2)], 6, 6)
     moments.update((1, 2), student, teacher)
     table = rank_tradeoff(moments, (1, 2), {(1, 2): (student, teacher)}, ridge=0)
-    assert (table.measured - table.total).abs().max() < 1e-8 * table.total.max(), "least squares on its own rows: exactly the formula"
-    assert int(table.loc[table.total.idxmin(), "rank"]) == 3 and tradeoff_figure(table).layout.meta["subtitle"].startswith("the best rank is 3")
+    assert (table.measured - table.total).abs().max() < 1e-8 * table.total.max(), (
+        "least squares on its own rows: exactly the formula"
+    )
+    assert int(table.loc[table.total.idxmin(), "rank"]) == 3 and tradeoff_figure(table).layout.meta[
+        "subtitle"
+    ].startswith("the best rank is 3")

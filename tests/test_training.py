@@ -1,4 +1,5 @@
 """The trainer: the identity through the whole path, accumulation, what is frozen, what is written, and what goes wrong clearly."""
+
 import json
 import warnings
 
@@ -11,15 +12,25 @@ from transformers import TrainerCallback
 from trl import DistillationTrainer
 
 from oprd_nb.core import Rollouts
-from oprd_nb.models import embedded
-from oprd_nb.objectives import FullKL, Representation, SampledTokenKL, TopKKL
-from oprd_nb.rollouts import HFSampler, ReplaySampler
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer, check_trl, freeze_unused
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer, check_trl, freeze_unused
 
-TERMS = [Representation(positions="last:9"), Representation(positions="last:9", distance="mse"), Representation(layers="2,4", positions="first:3", distance="cosine"),
-         SampledTokenKL(), SampledTokenKL(control_variate=True), TopKKL(4), TopKKL(4, renormalize=False), FullKL(), FullKL("forward", positions="last:30%"),
-         FullKL("jsd")]
+TERMS = [
+    Representation(positions="last:9"),
+    Representation(positions="last:9", distance="mse"),
+    Representation(layers="2,4", positions="first:3", distance="cosine"),
+    SampledTokenKL(),
+    SampledTokenKL(control_variate=True),
+    TopKKL(4),
+    TopKKL(4, renormalize=False),
+    FullKL(),
+    FullKL("forward", positions="last:30%"),
+    FullKL("jsd"),
+]
 
 
 class Gradients(TrainerCallback):
@@ -37,17 +48,38 @@ class Gradients(TrainerCallback):
 
 
 def config(folder, **changes):
-    options = dict(learning_rate=1e-3, max_steps=1, per_device_train_batch_size=64, gradient_accumulation_steps=1, num_generations=1, max_completion_length=40,
-                   bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, weight_decay=0.0, max_grad_norm=0.0, use_cpu=True)
+    options = dict(
+        learning_rate=1e-3,
+        max_steps=1,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=1,
+        num_generations=1,
+        max_completion_length=40,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        use_cpu=True,
+    )
     return OPRDConfig(str(folder), **(options | changes))
 
 
 def train(folder, pair, objective, sampler=None, prompts=64, peft_config=None, teacher=None, **changes):
     """One short run; returns the trainer and what the callback saw."""
     seen = Gradients()
-    trainer = OPRDTrainer(model=pair.student.requires_grad_(True), teacher=teacher or Teacher(pair.teacher, pair.teacher_tokenizer), objective=objective,
-                          args=config(folder, **changes), train_dataset=pair.task.train.select(range(prompts)), processing_class=pair.tokenizer, sampler=sampler,
-                          peft_config=peft_config, callbacks=[seen])
+    trainer = OPRDTrainer(
+        model=pair.student.requires_grad_(True),
+        teacher=teacher or Teacher(pair.teacher, pair.teacher_tokenizer),
+        objective=objective,
+        args=config(folder, **changes),
+        train_dataset=pair.task.train.select(range(prompts)),
+        processing_class=pair.tokenizer,
+        sampler=sampler,
+        peft_config=peft_config,
+        callbacks=[seen],
+    )
     trainer.train()
     return trainer, seen
 
@@ -68,13 +100,22 @@ def test_student_that_is_its_teacher_has_nothing_to_learn(term, same, tmp_path):
 def stored():
     """Responses of very different lengths to 64 prompts, for both pairs: half of them cut."""
     pair = embedded("same")
-    rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:64], max_new_tokens=40)
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.train["prompt"][:64], max_new_tokens=40
+    )
     responses = [r[: 3 + i % 17] if i % 2 else r for i, r in enumerate(rollouts.responses())]
     return Rollouts.from_ids(rollouts.prompt_ids(), responses, 0)
 
 
-@pytest.mark.parametrize("name, term", [("same", t) for t in TERMS] + [("cross_tokenizer", Representation(positions="last:9")), ("cross_tokenizer", Representation(layers="3"))],
-                         ids=lambda x: x if isinstance(x, str) else repr(x))
+@pytest.mark.parametrize(
+    "name, term",
+    [("same", t) for t in TERMS]
+    + [
+        ("cross_tokenizer", Representation(positions="last:9")),
+        ("cross_tokenizer", Representation(layers="3")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else repr(x),
+)
 def test_accumulation_changes_nothing(name, term, stored, tmp_path):
     """1 x 64 and 4 x 16 give the same gradients, though the micro-batches supervise different numbers of rows."""
     gradients = []
@@ -82,12 +123,21 @@ def test_accumulation_changes_nothing(name, term, stored, tmp_path):
         pair = embedded(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            _, seen = train(tmp_path, pair, term, ReplaySampler(stored, pair.tokenizer), per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+            _, seen = train(
+                tmp_path,
+                pair,
+                term,
+                ReplaySampler(stored, pair.tokenizer),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+            )
         gradients.append(seen.kept)
     whole, pieces = gradients
     assert whole.keys() == pieces.keys()
     for key, value in whole.items():
-        torch.testing.assert_close(pieces[key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key)
+        torch.testing.assert_close(
+            pieces[key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key
+        )
 
 
 @pytest.mark.parametrize("budget", [200, 900])
@@ -99,23 +149,38 @@ def test_a_token_budget_changes_nothing(name_and_budget_term, budget, stored, tm
         pair = embedded(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            trainer, seen = train(tmp_path / str(tokens), pair, term, ReplaySampler(stored, pair.tokenizer), token_budget=tokens)
+            trainer, seen = train(
+                tmp_path / str(tokens), pair, term, ReplaySampler(stored, pair.tokenizer), token_budget=tokens
+            )
         runs.append((seen.kept, next(line for line in trainer.state.log_history if "loss" in line)))
     for key, value in runs[0][0].items():
-        torch.testing.assert_close(runs[1][0][key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key)
+        torch.testing.assert_close(
+            runs[1][0][key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key
+        )
     for metric in ("loss", *(m for m in runs[0][1] if m.startswith(("rep/", "full/")))):
         assert runs[1][1][metric] == pytest.approx(runs[0][1][metric], rel=1e-4, abs=1e-6), metric
 
 
 @pytest.fixture(params=["same", "cross_tokenizer"])
 def name_and_budget_term(request):
-    return request.param, FullKL() + 2 * Representation(positions="last:5") if request.param == "same" else Representation(positions="all")
+    return request.param, FullKL() + 2 * Representation(
+        positions="last:5"
+    ) if request.param == "same" else Representation(positions="all")
 
 
 def test_sequence_reduction_survives_accumulation(same, stored, tmp_path):
     objective = (FullKL() + 3 * Representation(positions="all")).with_reduction("sequence")
-    gradients = [train(tmp_path, embedded("same"), objective, ReplaySampler(stored, same.tokenizer), per_device_train_batch_size=size, gradient_accumulation_steps=64 // size)[1].kept
-                 for size in (64, 8)]
+    gradients = [
+        train(
+            tmp_path,
+            embedded("same"),
+            objective,
+            ReplaySampler(stored, same.tokenizer),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=64 // size,
+        )[1].kept
+        for size in (64, 8)
+    ]
     for key, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
 
@@ -124,11 +189,14 @@ def test_weight_decay_does_not_move_what_gets_no_gradient(same, tmp_path):
     before = {name: p.clone() for name, p in same.student.named_parameters()}
     train(tmp_path, same, Representation(layers="2"), weight_decay=0.5, max_steps=2)
     moved = {name for name, p in same.student.named_parameters() if not torch.equal(p, before[name])}
-    assert moved and all(name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1.")) for name in moved)
+    assert moved and all(
+        name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1.")) for name in moved
+    )
 
 
 def test_tied_head_stays_trainable():
     from conftest import tiny_qwen3
+
     model = tiny_qwen3(tie=True)
     assert freeze_unused(model, Representation()) == [] and model.lm_head.weight.requires_grad
 
@@ -138,8 +206,18 @@ def test_run_folder_is_plain_and_a_representation_run_logs_no_entropy(same, tmp_
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2] and steps[0]["seconds"] < steps[1]["seconds"]
-    expected = {"rep/cosine_similarity", "rep/cosine_layer_4", "response_length/mean", "response/truncated", "time/rollout", "time/teacher", "time/update",
-                "memory/delta_peak", "learning_rate", "pairing/coverage"}
+    expected = {
+        "rep/cosine_similarity",
+        "rep/cosine_layer_4",
+        "response_length/mean",
+        "response/truncated",
+        "time/rollout",
+        "time/teacher",
+        "time/update",
+        "memory/delta_peak",
+        "learning_rate",
+        "pairing/coverage",
+    }
     assert expected <= steps[0].keys() and not any("entropy" in name for name in steps[0])
     assert all(steps[0][name] >= 0 for name in ("time/rollout", "time/teacher", "time/update"))
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -147,19 +225,49 @@ def test_run_folder_is_plain_and_a_representation_run_logs_no_entropy(same, tmp_
 
 
 def test_evaluation_reports_accuracy_and_output_diagnostics(same, tmp_path):
-    trainer = OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.tokenizer), objective=FullKL(), args=config(tmp_path), train_dataset=same.task.train,
-                          eval_dataset=same.task.validation.select(range(40)), processing_class=same.tokenizer)
+    trainer = OPRDTrainer(
+        model=same.student,
+        teacher=Teacher(same.teacher, same.tokenizer),
+        objective=FullKL(),
+        args=config(tmp_path),
+        train_dataset=same.task.train,
+        eval_dataset=same.task.validation.select(range(40)),
+        processing_class=same.tokenizer,
+    )
     metrics = trainer.evaluate()
-    assert 0 <= metrics["eval_avg@1"] <= 0.5 and metrics["actor/entropy"] > 0 and 0 <= metrics["topk/overlap_ratio"] <= 1
-    assert 0.5 < metrics["rep/cosine_similarity"] < 1 and "rep/cosine_layer_4" in metrics, "no term of this objective logs cosines, so they are measured here"
+    assert (
+        0 <= metrics["eval_avg@1"] <= 0.5
+        and metrics["actor/entropy"] > 0
+        and 0 <= metrics["topk/overlap_ratio"] <= 1
+    )
+    assert 0.5 < metrics["rep/cosine_similarity"] < 1 and "rep/cosine_layer_4" in metrics, (
+        "no term of this objective logs cosines, so they are measured here"
+    )
 
 
 def test_signal_and_noise_of_accumulated_gradients(same, tmp_path):
-    train(tmp_path, same, Representation(positions="all"), per_device_train_batch_size=16, gradient_accumulation_steps=4, max_steps=3, logging_steps=1)
+    train(
+        tmp_path,
+        same,
+        Representation(positions="all"),
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+        logging_steps=1,
+    )
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad/snr"] > 1 for line in steps if "loss" in line), "early steps all point the same way"
-    train(tmp_path, same, Representation(positions="all"), per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=1)
-    assert "grad/snr" not in (tmp_path / "metrics.jsonl").read_text(), "one micro-batch cannot tell them apart"
+    train(
+        tmp_path,
+        same,
+        Representation(positions="all"),
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=1,
+        max_steps=1,
+    )
+    assert "grad/snr" not in (tmp_path / "metrics.jsonl").read_text(), (
+        "one micro-batch cannot tell them apart"
+    )
 
 
 def test_several_generations_of_a_prompt(same, tmp_path):
@@ -170,29 +278,67 @@ def test_several_generations_of_a_prompt(same, tmp_path):
             seen.extend(map(tuple, prompts))
             return super().sample(prompts, **options)
 
-    train(tmp_path, same, FullKL(), Counting(same.student, same.tokenizer), per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=2)
+    train(
+        tmp_path,
+        same,
+        FullKL(),
+        Counting(same.student, same.tokenizer),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+    )
     assert len(seen) == 8 and len(set(seen)) == 4 and all(seen[i] == seen[i + 1] for i in range(0, 8, 2))
 
 
 def test_bfloat16_and_gradient_checkpointing(same, tmp_path):
-    _, seen = train(tmp_path, same, SampledTokenKL() + 10 * Representation(), bf16=True, gradient_checkpointing=True, per_device_train_batch_size=16)
+    _, seen = train(
+        tmp_path,
+        same,
+        SampledTokenKL() + 10 * Representation(),
+        bf16=True,
+        gradient_checkpointing=True,
+        per_device_train_batch_size=16,
+    )
     assert all(torch.isfinite(g).all() for g in seen.kept.values())
 
 
 def test_lora_moves_only_adapters(same, tmp_path):
     before = {name: p.clone() for name, p in same.student.named_parameters()}
-    trainer, seen = train(tmp_path, same, Representation(positions="all") + FullKL(), peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]), max_steps=2)
+    trainer, seen = train(
+        tmp_path,
+        same,
+        Representation(positions="all") + FullKL(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+        max_steps=2,
+    )
     assert all("lora_" in name for name in seen.kept)
     base = trainer.model.get_base_model()
-    assert all(torch.equal(p, before[name.replace(".base_layer", "")]) for name, p in base.named_parameters() if "lora_" not in name)
+    assert all(
+        torch.equal(p, before[name.replace(".base_layer", "")])
+        for name, p in base.named_parameters()
+        if "lora_" not in name
+    )
 
 
 def test_resume_continues_the_run(tmp_path):
     def run(folder, resume=None, **changes):
         pair = embedded("same")
-        trainer = OPRDTrainer(model=pair.student, teacher=Teacher(pair.teacher, pair.tokenizer), objective=FullKL(), processing_class=pair.tokenizer,
-                              args=config(folder, max_steps=4, per_device_train_batch_size=8, save_strategy="steps", save_steps=2, **changes),
-                              train_dataset=pair.task.train, sampler=HFSampler(pair.student, pair.tokenizer))
+        trainer = OPRDTrainer(
+            model=pair.student,
+            teacher=Teacher(pair.teacher, pair.tokenizer),
+            objective=FullKL(),
+            processing_class=pair.tokenizer,
+            args=config(
+                folder,
+                max_steps=4,
+                per_device_train_batch_size=8,
+                save_strategy="steps",
+                save_steps=2,
+                **changes,
+            ),
+            train_dataset=pair.task.train,
+            sampler=HFSampler(pair.student, pair.tokenizer),
+        )
         trainer.train(resume_from_checkpoint=resume)
         return trainer.model.state_dict()
 
@@ -206,7 +352,13 @@ def test_resume_continues_the_run(tmp_path):
 
 
 def test_a_fully_truncated_batch_trains(same, tmp_path):
-    _, seen = train(tmp_path, same, SampledTokenKL() + Representation(), max_completion_length=1, per_device_train_batch_size=8)
+    _, seen = train(
+        tmp_path,
+        same,
+        SampledTokenKL() + Representation(),
+        max_completion_length=1,
+        per_device_train_batch_size=8,
+    )
     logs = next(logs for logs in seen.logs if "loss" in logs)
     assert logs["response/truncated"] > 0.9 and all(torch.isfinite(g).all() for g in seen.kept.values())
 
@@ -230,17 +382,37 @@ def test_ends_of_turn_that_never_meet_are_announced(same, tmp_path):
     same.teacher.generation_config.eos_token_id = 5
     same.teacher_tokenizer.eos_token = "<|assistant|>"
     with pytest.warns(UserWarning, match="expect ever longer responses"):
-        OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.teacher_tokenizer), objective=FullKL(), args=config(tmp_path), train_dataset=same.task.train,
-                    processing_class=same.tokenizer)
+        OPRDTrainer(
+            model=same.student,
+            teacher=Teacher(same.teacher, same.teacher_tokenizer),
+            objective=FullKL(),
+            args=config(tmp_path),
+            train_dataset=same.task.train,
+            processing_class=same.tokenizer,
+        )
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(objective=Representation(layers="7")), "this model has layers 1 to 4"), (dict(train_dataset=Dataset.from_dict({"question": ["1+1"]})), "it needs 'prompt'"),
-    (dict(train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1"}]]})), "1 prompts, but one step takes 64"), (dict(objective="oprd"), "objective='oprd'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(objective=Representation(layers="7")), "this model has layers 1 to 4"),
+        (dict(train_dataset=Dataset.from_dict({"question": ["1+1"]})), "it needs 'prompt'"),
+        (
+            dict(train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+1"}]]})),
+            "1 prompts, but one step takes 64",
+        ),
+        (dict(objective="oprd"), "objective='oprd'"),
+    ],
+)
 def test_bad_input_is_refused_before_anything_is_written(changes, message, same, tmp_path):
-    options = dict(model=same.student, teacher=Teacher(same.teacher, same.tokenizer), objective=FullKL(), args=config(tmp_path / "run"), train_dataset=same.task.train,
-                   processing_class=same.tokenizer)
+    options = dict(
+        model=same.student,
+        teacher=Teacher(same.teacher, same.tokenizer),
+        objective=FullKL(),
+        args=config(tmp_path / "run"),
+        train_dataset=same.task.train,
+        processing_class=same.tokenizer,
+    )
     with pytest.raises(ValueError, match=message):
         OPRDTrainer(**(options | changes))
     assert not (tmp_path / "run").exists()

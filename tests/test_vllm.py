@@ -1,4 +1,5 @@
 """The vLLM sampler: heads filled up, weights kept in step, a stale engine caught. Most of it runs where vLLM is installed (`make test-vllm`)."""
+
 from importlib.util import find_spec
 
 import pytest
@@ -7,19 +8,21 @@ from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from oprd_nb.cli import main
+from oprd_nb.cli.commands import main
 from oprd_nb.core import Positions
-from oprd_nb.evaluation import evaluate
-from oprd_nb.export import export_model
-from oprd_nb.models import load_model, load_tokenizer
-from oprd_nb.objectives import Representation
-from oprd_nb.rollouts import HFSampler, response_log_probs
-from oprd_nb.tasks import Task
+from oprd_nb.evaluation.sampling import evaluate
+from oprd_nb.models.loading import load_model, load_tokenizer
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.samplers import HFSampler, response_log_probs
+from oprd_nb.rollouts.vllm import VLLMSampler, fill_heads, plain_weights, with_heads
+from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer
-from oprd_nb.vllm_sampler import VLLMSampler, fill_heads, plain_weights, with_heads
+from oprd_nb.training.export import export_model
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
-needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` has it")
+needs_vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` has it"
+)
 ALL_LINEAR = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
@@ -27,8 +30,16 @@ ALL_LINEAR = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=Fals
 @pytest.mark.parametrize("lora", [False, True])
 def test_filled_heads_compute_the_same(config, lora):
     torch.manual_seed(0)
-    narrow = AutoModelForCausalLM.from_config(config(vocab_size=40, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                                     num_key_value_heads=2)).eval()
+    narrow = AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=40,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
     for parameter in narrow.parameters():  # biases start at zero and would hide a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     wide = AutoModelForCausalLM.from_config(with_heads(narrow.config, 32)).eval()
@@ -44,7 +55,9 @@ def test_filled_heads_compute_the_same(config, lora):
 
 
 def test_what_cannot_be_handed_over_is_refused(same):
-    copied = get_peft_model(same.student, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    copied = get_peft_model(
+        same.student, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     with pytest.raises(ValueError, match="trained beside the adapters"):
         plain_weights(copied)
     other = tiny_qwen3().config
@@ -71,7 +84,17 @@ def student_of(same, tied: bool, lora: bool):
 def largest_gap(sampler, student) -> float:
     """Largest difference over all sampled tokens, where training logs the mean."""
     rollouts, sampled = sampler.scored
-    return (response_log_probs(student, rollouts)[Positions("all", predicting=True).mask(rollouts.response_mask)] - sampled).abs().max().item()
+    return (
+        (
+            response_log_probs(student, rollouts)[
+                Positions("all", predicting=True).mask(rollouts.response_mask)
+            ]
+            - sampled
+        )
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def steps_on(student, prompts, number=5):
@@ -99,20 +122,23 @@ def test_five_steps_later_a_sync_brings_the_engine_after(same, tied, lora):
     sampler.sync(student)
     sampler.sample(prompts, max_new_tokens=40)
     assert largest_gap(sampler, student) < 1e-3
-    assert torch.allclose(sampler.log_probs(rollouts), HFSampler(student, same.tokenizer).log_probs(rollouts), atol=1e-2)
+    assert torch.allclose(
+        sampler.log_probs(rollouts), HFSampler(student, same.tokenizer).log_probs(rollouts), atol=1e-2
+    )
     sampler.close()
 
 
 @needs_vllm
 def test_a_tied_head_that_is_not_handed_over_by_name_stays_stale(monkeypatch):
     """The trap that `plain_weights` avoids by naming tied weights twice."""
-    from oprd_nb import vllm_sampler
-
     student, prompts = tiny_qwen3(vocab_size=4096, width=128, tie=True), [[1, 2, 3, 4]] * 4
     sampler = VLLMSampler(student, load_tokenizer("embedded/student"))
     steps_on(student, prompts)
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_sampler, "plain_weights", lambda model: {name: t for name, t in plain_weights(model).items() if name != "lm_head.weight"})
+        patch.setattr(
+            "oprd_nb.rollouts.vllm.plain_weights",
+            lambda model: {name: t for name, t in plain_weights(model).items() if name != "lm_head.weight"},
+        )
         sampler.sync(student)
     sampler.sample(prompts, max_new_tokens=8)
     stale = largest_gap(sampler, student)
@@ -136,10 +162,29 @@ def test_another_student_or_adapters_without_room_are_refused(same):
 
 def trainer_on(same, sampler, folder, steps=3):
     """A short run whose rollouts the engine writes."""
-    config = OPRDConfig(str(folder), max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=8, gradient_accumulation_steps=1, num_generations=1, bf16=False,
-                        max_completion_length=24, use_cpu=True, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
-    return OPRDTrainer(model=same.student, teacher=Teacher(same.teacher, same.teacher_tokenizer), objective=Representation(positions="all"), args=config,
-                       train_dataset=same.task.train, processing_class=same.tokenizer, sampler=sampler)
+    config = OPRDConfig(
+        str(folder),
+        max_steps=steps,
+        learning_rate=3e-3,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        num_generations=1,
+        bf16=False,
+        max_completion_length=24,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
+    return OPRDTrainer(
+        model=same.student,
+        teacher=Teacher(same.teacher, same.teacher_tokenizer),
+        objective=Representation(positions="all"),
+        args=config,
+        train_dataset=same.task.train,
+        processing_class=same.tokenizer,
+        sampler=sampler,
+    )
 
 
 @needs_vllm
@@ -154,7 +199,10 @@ def test_a_folder_the_engine_reads_itself(tmp_path, told):
         (tmp_path / "generation_config.json").unlink()
     sampler, prompts = VLLMSampler(tmp_path), [[1, 2, 3], [4, 5, 6, 7, 8]]
     assert sampler.eos_token_ids == sorted({7, tokenizer.eos_token_id})
-    assert sampler.sample(prompts, temperature=0, max_new_tokens=12).responses() == HFSampler(student, tokenizer).sample(prompts, temperature=0, max_new_tokens=12).responses()
+    assert (
+        sampler.sample(prompts, temperature=0, max_new_tokens=12).responses()
+        == HFSampler(student, tokenizer).sample(prompts, temperature=0, max_new_tokens=12).responses()
+    )
     sampler.close()
 
 
@@ -163,7 +211,9 @@ def test_training_with_an_engine_logs_the_gap_and_stops_where_sync_is_skipped(sa
     sampler = VLLMSampler(same.student, same.tokenizer)
     trainer = trainer_on(same, sampler, tmp_path / "in-step")
     trainer.train()
-    gaps = [line["sampler/logprob_gap"] for line in trainer.state.log_history if "sampler/logprob_gap" in line]
+    gaps = [
+        line["sampler/logprob_gap"] for line in trainer.state.log_history if "sampler/logprob_gap" in line
+    ]
     assert len(gaps) == 3 and max(gaps) < 1e-3
     monkeypatch.setattr(sampler, "sync", lambda student: None)
     with pytest.raises(RuntimeError, match="sampler/logprob_gap"):
@@ -181,6 +231,9 @@ def test_an_exported_student_answers_alike_in_both_engines(same, tmp_path):
     ours = sampler.sample(prompts, temperature=0, max_new_tokens=40)
     assert ours.responses() == theirs.responses()
     task = Task("arithmetic", train=None, test=same.task.test.select(range(32)))
-    scores = [evaluate(s, task, n=1, temperature=0, max_new_tokens=40, progress=False).summary for s in (sampler, HFSampler(merged, same.tokenizer))]
+    scores = [
+        evaluate(s, task, n=1, temperature=0, max_new_tokens=40, progress=False).summary
+        for s in (sampler, HFSampler(merged, same.tokenizer))
+    ]
     assert scores[0].equals(scores[1])
     sampler.close()

@@ -3,6 +3,7 @@
 usage: two_processes.py FOLDER KIND ...   where KIND is ddp or fsdp2, with -lora, -headless, -base or several behind it (compared with one process), resume-ddp and the like
 (a run against its own continuation), or sample-ddp-hf, sample-fsdp2-lora-trl and the like (a run that writes its own responses).
 """
+
 import hashlib
 import json
 import os
@@ -23,16 +24,18 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from oprd_nb.bridge import Bridge
-from oprd_nb.checkpoints import checkpoints_of, flaw_of
+from oprd_nb.bridge.pca import Bridge
 from oprd_nb.core import Rollouts
-from oprd_nb.models import embedded
-from oprd_nb.objectives import FullKL, Representation
-from oprd_nb.rollouts import HFSampler, ReplaySampler, encode_prompts
-from oprd_nb.run_folder import read_lines
-from oprd_nb.structure import Moments
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.output_space import FullKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.prompts import encode_prompts
+from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
+from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
-from oprd_nb.training import OPRDConfig, OPRDTrainer
+from oprd_nb.training.callbacks import read_jsonl
+from oprd_nb.training.checkpoints import checkpoint_problem, checkpoints_of
+from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 
 STEPS, RESPONSES = 5, 16
 
@@ -44,18 +47,30 @@ class Seen(TrainerCallback):
         self.gradients = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        whole = {name.replace("module.", ""): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters() if p.grad is not None}
+        whole = {
+            name.replace("module.", ""): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
         self.gradients.append({name: g.clone() for name, g in whole.items()})
 
 
 def become_fsdp(accelerate_init):
     """Accelerate offers FSDP where there are accelerators; two CPU processes get its FSDP2 by declaring themselves such."""
+
     def init(self, *args, **options):
         accelerate_init(self, *args, **options)
         if self.distributed_type == DistributedType.MULTI_CPU:
-            self.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
-                                                              state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False, reshard_after_forward=True)
+            self.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Qwen3DecoderLayer"],
+                state_dict_type="FULL_STATE_DICT",
+                cpu_ram_efficient_loading=False,
+                reshard_after_forward=True,
+            )
             self.distributed_type = DistributedType.FSDP
+
     return init
 
 
@@ -63,11 +78,18 @@ def stored_rollouts(prompts, tokenizer) -> Rollouts:
     """Responses of random tokens and lengths: what is compared is arithmetic, so any text will do."""
     draw = random.Random(0)
     ids = encode_prompts(tokenizer, prompts)
-    return Rollouts.from_ids(ids, [[draw.randrange(4, 20) for _ in range(draw.randint(1, 30))] for _ in ids], tokenizer.pad_token_id)
+    return Rollouts.from_ids(
+        ids,
+        [[draw.randrange(4, 20) for _ in range(draw.randint(1, 30))] for _ in ids],
+        tokenizer.pad_token_id,
+    )
 
 
-SAMPLERS = {"replay": lambda pair, prompts: ReplaySampler(stored_rollouts(prompts, pair.tokenizer), pair.tokenizer),
-            "hf": lambda pair, prompts: HFSampler(pair.student, pair.tokenizer), "trl": lambda pair, prompts: None}
+SAMPLERS = {
+    "replay": lambda pair, prompts: ReplaySampler(stored_rollouts(prompts, pair.tokenizer), pair.tokenizer),
+    "hf": lambda pair, prompts: HFSampler(pair.student, pair.tokenizer),
+    "trl": lambda pair, prompts: None,
+}
 
 
 def bridge_for(pair) -> Bridge:
@@ -83,7 +105,16 @@ def digest(bridge: Bridge) -> str:
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in bridge.tensors.values())).hexdigest()
 
 
-def run(folder: Path, rank: int, world: int, lora: bool = False, head: bool = True, base: bool = False, resume: bool | None = None, engine: str = "replay") -> None:
+def run(
+    folder: Path,
+    rank: int,
+    world: int,
+    lora: bool = False,
+    head: bool = True,
+    base: bool = False,
+    resume: bool | None = None,
+    engine: str = "replay",
+) -> None:
     """Five steps of 16 stored responses, two micro-batches a step and process; ranks above 0 are given a folder of their own, which must stay unwritten.
 
     Without `head` the objective reads no logits, so that the head is frozen and never called. With `base` the teacher is the student without its adapters.
@@ -93,21 +124,61 @@ def run(folder: Path, rank: int, world: int, lora: bool = False, head: bool = Tr
     prompts = pair.task.train.select(range(STEPS * RESPONSES))
     bridge = bridge_for(pair)
     mine = folder if rank == 0 or resume is not None else folder.with_name(f"{folder.name}-rank{rank}")
-    saving = dict(save_strategy="no", optim="sgd") if resume is None else dict(save_strategy="steps", save_steps=3)  # SGD does not blow up the last digit, Adam does
-    args = OPRDConfig(str(mine), learning_rate=0.05 if resume is None else 1e-3, max_steps=STEPS, per_device_train_batch_size=RESPONSES // 2 // world, gradient_accumulation_steps=2,
-                      num_generations=1, max_completion_length=30, bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, report_to="none",
-                      eval_strategy="steps", eval_steps=5, **saving)
+    saving = (
+        dict(save_strategy="no", optim="sgd") if resume is None else dict(save_strategy="steps", save_steps=3)
+    )  # SGD does not blow up the last digit, Adam does
+    args = OPRDConfig(
+        str(mine),
+        learning_rate=0.05 if resume is None else 1e-3,
+        max_steps=STEPS,
+        per_device_train_batch_size=RESPONSES // 2 // world,
+        gradient_accumulation_steps=2,
+        num_generations=1,
+        max_completion_length=30,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        report_to="none",
+        eval_strategy="steps",
+        eval_steps=5,
+        **saving,
+    )
     seen, representation = Seen(), Representation("2,4", positions="last:9", bridge=None if base else bridge)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=not base) if lora or base else None
-    teacher = Teacher.of_base(pair.student, pair.tokenizer) if base else Teacher(pair.teacher, pair.teacher_tokenizer)
-    trainer = OPRDTrainer(model=pair.student, teacher=teacher, args=args,
-                          objective=FullKL() + 3 * representation if head else 3 * representation, train_dataset=prompts, eval_dataset=prompts.select(range(4)), processing_class=pair.tokenizer, callbacks=[seen],
-                          sampler=SAMPLERS[engine](pair, prompts["prompt"]),
-                          peft_config=config)
+    config = (
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=not base) if lora or base else None
+    )
+    teacher = (
+        Teacher.of_base(pair.student, pair.tokenizer)
+        if base
+        else Teacher(pair.teacher, pair.teacher_tokenizer)
+    )
+    trainer = OPRDTrainer(
+        model=pair.student,
+        teacher=teacher,
+        args=args,
+        objective=FullKL() + 3 * representation if head else 3 * representation,
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(4)),
+        processing_class=pair.tokenizer,
+        callbacks=[seen],
+        sampler=SAMPLERS[engine](pair, prompts["prompt"]),
+        peft_config=config,
+    )
     trainer.train(resume_from_checkpoint=resume)
-    final = {name.replace("module.", ""): p.full_tensor() if isinstance(p, DTensor) else p for name, p in trainer.model.named_parameters()}
+    final = {
+        name.replace("module.", ""): p.full_tensor() if isinstance(p, DTensor) else p
+        for name, p in trainer.model.named_parameters()
+    }
     if rank == 0:
-        torch.save({"wrapper": type(trainer.model_wrapped).__name__, "gradients": seen.gradients, "final": {name: p.detach().clone() for name, p in final.items()}}, folder / "seen.pt")
+        torch.save(
+            {
+                "wrapper": type(trainer.model_wrapped).__name__,
+                "gradients": seen.gradients,
+                "final": {name: p.detach().clone() for name, p in final.items()},
+            },
+            folder / "seen.pt",
+        )
     (folder / f"bridge-{rank}").write_text(digest(bridge))
 
 
@@ -124,8 +195,15 @@ def launch(folder: Path, kind: str, world: int, **options) -> list[int]:
             try:
                 warnings.simplefilter("ignore")
                 if world > 1:
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+                    os.environ |= {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(world),
+                        "LOCAL_WORLD_SIZE": str(world),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                        "GLOO_SOCKET_IFNAME": "lo",
+                    }
                 if kind == "fsdp2":
                     AcceleratorState.__init__ = become_fsdp(AcceleratorState.__init__)
                 run(folder, rank, world, **options)
@@ -138,30 +216,51 @@ def launch(folder: Path, kind: str, world: int, **options) -> list[int]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
 
 
 def apart(a: dict, b: dict) -> float:
     """The largest difference of two sets of tensors, beside the largest entry."""
-    return max((a[name] - b[name]).abs().max().item() / max(1.0, b[name].abs().max().item()) for name in b) if a.keys() == b.keys() else float("inf")
+    return (
+        max((a[name] - b[name]).abs().max().item() / max(1.0, b[name].abs().max().item()) for name in b)
+        if a.keys() == b.keys()
+        else float("inf")
+    )
 
 
 def main(out: Path, kinds: list[str]) -> dict:
     """For every kind: exit statuses, distances of losses and gradients from one process's, what ranks above 0 wrote, and whether the bridges agree."""
     results = {}
     for variant in sorted({kind.partition("-")[2] for kind in kinds}):
-        one, options = out / f"one-{variant}", {"lora": "lora" in variant, "head": "headless" not in variant, "base": "base" in variant}
+        one, options = (
+            out / f"one-{variant}",
+            {"lora": "lora" in variant, "head": "headless" not in variant, "base": "base" in variant},
+        )
         alone = launch(one, "ddp", 1, **options)
         wanted = torch.load(one / "seen.pt")
         for kind in (kind for kind in kinds if kind.partition("-")[2] == variant):
             folder = out / kind
             status = launch(folder, kind.partition("-")[0], 2, **options)
             found = torch.load(folder / "seen.pt")
-            results[kind] = {"status": alone + status, "losses": [losses(one), losses(folder)],
-                             "gradients": [apart(g, w) for g, w in zip(found["gradients"], wanted["gradients"], strict=True)], "tensors": len(wanted["gradients"][0]), "wrapper": found["wrapper"],
-                             "final": apart(found["final"], wanted["final"]), "rank1": (out / f"{kind}-rank1").exists(),
-                             "bridges": len({(f / name).read_text() for f, name in ((one, "bridge-0"), (folder, "bridge-0"), (folder, "bridge-1"))}),
-                             "metrics": [sorted(line) for line in read_lines(folder / "metrics.jsonl")] == [sorted(line.keys() - {"grad/snr"}) for line in read_lines(one / "metrics.jsonl")]}
+            results[kind] = {
+                "status": alone + status,
+                "losses": [losses(one), losses(folder)],
+                "gradients": [
+                    apart(g, w) for g, w in zip(found["gradients"], wanted["gradients"], strict=True)
+                ],
+                "tensors": len(wanted["gradients"][0]),
+                "wrapper": found["wrapper"],
+                "final": apart(found["final"], wanted["final"]),
+                "rank1": (out / f"{kind}-rank1").exists(),
+                "bridges": len(
+                    {
+                        (f / name).read_text()
+                        for f, name in ((one, "bridge-0"), (folder, "bridge-0"), (folder, "bridge-1"))
+                    }
+                ),
+                "metrics": [sorted(line) for line in read_jsonl(folder / "metrics.jsonl")]
+                == [sorted(line.keys() - {"grad/snr"}) for line in read_jsonl(one / "metrics.jsonl")],
+            }
     return results
 
 
@@ -171,23 +270,44 @@ def resumed(out: Path, kind: str) -> dict:
     status = launch(folder, kind, 2, lora=lora, resume=False)
     first, lines = torch.load(folder / "seen.pt")["final"], losses(folder)
     names = sorted(path.name for path in checkpoints_of(folder)[0].iterdir())
-    (checkpoints_of(folder)[-1] / "optimizer.bin" if kind == "fsdp2" else checkpoints_of(folder)[-1] / "optimizer.pt").write_bytes(b"torn")
-    flaws = [flaw_of(path) for path in checkpoints_of(folder)]
+    (
+        checkpoints_of(folder)[-1] / "optimizer.bin"
+        if kind == "fsdp2"
+        else checkpoints_of(folder)[-1] / "optimizer.pt"
+    ).write_bytes(b"torn")
+    flaws = [checkpoint_problem(path) for path in checkpoints_of(folder)]
     status += launch(folder, kind, 2, lora=lora, resume=True)
     again = torch.load(folder / "seen.pt")
-    return {"status": status, "files": names, "flaws": flaws, "steps": len(again["gradients"]), "final": apart(again["final"], first), "losses": [lines, losses(folder)]}
+    return {
+        "status": status,
+        "files": names,
+        "flaws": flaws,
+        "steps": len(again["gradients"]),
+        "final": apart(again["final"], first),
+        "losses": [lines, losses(folder)],
+    }
 
 
 def sampled(out: Path, kind: str) -> dict:
     """A run in which each process writes its own responses, of different lengths, with the engine named last."""
     folder, (backend, *_, engine) = out / kind, kind.split("-")
     status = launch(folder, backend, 2, lora="lora" in kind, engine=engine)
-    return {"status": status, "losses": losses(folder), "evaluated": [line["eval/avg@1"] for line in read_lines(folder / "metrics.jsonl") if "eval/avg@1" in line]}
+    return {
+        "status": status,
+        "losses": losses(folder),
+        "evaluated": [
+            line["eval/avg@1"] for line in read_jsonl(folder / "metrics.jsonl") if "eval/avg@1" in line
+        ],
+    }
 
 
 if __name__ == "__main__":
     out, *kinds = sys.argv[1:]
     special = {"resume": resumed, "sample": sampled}
     found = main(Path(out), [kind for kind in kinds if kind.split("-")[0] not in special])
-    found |= {kind: special[kind.split("-")[0]](Path(out), kind.partition("-")[2]) for kind in kinds if kind.split("-")[0] in special}
+    found |= {
+        kind: special[kind.split("-")[0]](Path(out), kind.partition("-")[2])
+        for kind in kinds
+        if kind.split("-")[0] in special
+    }
     print(json.dumps(found))

@@ -1,0 +1,21 @@
+"""Students and teachers: loading, the embedded pairs, memory"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+# A name is imported from its module when it is first asked for: importing one module of this folder
+# does not import the dependencies of the others.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "loading": ["load_model", "load_tokenizer", "end_tokens"],
+        "pairs": ["ModelPair", "embedded"],
+        "memory": ["MemoryConfig", "memory_of"],
+    },
+)
+
+if TYPE_CHECKING:
+    from .loading import load_model as load_model, load_tokenizer as load_tokenizer, end_tokens as end_tokens
+    from .pairs import ModelPair as ModelPair, embedded as embedded
+    from .memory import MemoryConfig as MemoryConfig, memory_of as memory_of

@@ -1,0 +1,25 @@
+"""The losses: hidden states, sampled tokens, top-k and full distributions, freely added"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+# A name is imported from its module when it is first asked for: importing one module of this folder
+# does not import the dependencies of the others.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "distances": ["DISTANCES"],
+        "terms": ["Term", "Objective"],
+        "representation": ["Representation"],
+        "output_space": ["SampledTokenKL", "TopKKL", "FullKL"],
+        "objective": ["loss_of", "loss_on_pairs"],
+    },
+)
+
+if TYPE_CHECKING:
+    from .distances import DISTANCES as DISTANCES
+    from .terms import Term as Term, Objective as Objective
+    from .representation import Representation as Representation
+    from .output_space import SampledTokenKL as SampledTokenKL, TopKKL as TopKKL, FullKL as FullKL
+    from .objective import loss_of as loss_of, loss_on_pairs as loss_on_pairs

@@ -1,0 +1,27 @@
+"""The student writes: prompts, samplers"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+# A name is imported from its module when it is first asked for: importing one module of this folder
+# does not import the dependencies of the others.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "prompts": ["encode_prompts"],
+        "samplers": ["Sampler", "HFSampler", "ReplaySampler", "logprob_gap", "response_log_probs"],
+        "vllm": ["VLLMSampler"],
+    },
+)
+
+if TYPE_CHECKING:
+    from .prompts import encode_prompts as encode_prompts
+    from .samplers import (
+        Sampler as Sampler,
+        HFSampler as HFSampler,
+        ReplaySampler as ReplaySampler,
+        logprob_gap as logprob_gap,
+        response_log_probs as response_log_probs,
+    )
+    from .vllm import VLLMSampler as VLLMSampler

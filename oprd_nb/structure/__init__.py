@@ -1,0 +1,33 @@
+"""Low-rank structure of hidden states across two models"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+# A name is imported from its module when it is first asked for: importing one module of this folder
+# does not import the dependencies of the others.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "moments": ["Moments"],
+        "ranks": [
+            "rank_curve",
+            "suggest_rank",
+            "component_r2",
+            "error_decomposition",
+            "effective_rank",
+            "pca_spectrum",
+        ],
+    },
+)
+
+if TYPE_CHECKING:
+    from .moments import Moments as Moments
+    from .ranks import (
+        rank_curve as rank_curve,
+        suggest_rank as suggest_rank,
+        component_r2 as component_r2,
+        error_decomposition as error_decomposition,
+        effective_rank as effective_rank,
+        pca_spectrum as pca_spectrum,
+    )

@@ -1,0 +1,24 @@
+"""Problem sets and the grading of answers"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+# A name is imported from its module when it is first asked for: importing one module of this folder
+# does not import the dependencies of the others.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "problems": ["Task", "load_task", "arithmetic", "contamination"],
+        "grading": ["grade", "grade_all", "extract_answer"],
+    },
+)
+
+if TYPE_CHECKING:
+    from .problems import (
+        Task as Task,
+        load_task as load_task,
+        arithmetic as arithmetic,
+        contamination as contamination,
+    )
+    from .grading import grade as grade, grade_all as grade_all, extract_answer as extract_answer

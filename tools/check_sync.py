@@ -1,0 +1,48 @@
+"""Export every notebook into a copy and compare: exits 1, naming the files, where package and notebooks disagree."""
+
+import filecmp
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def differing() -> list[str]:
+    """Files of `nbs` and `oprd_nb` that cleaning and exporting would change."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns("__pycache__", "embedded", ".ipynb_checkpoints")
+        for part in ("nbs", "oprd_nb"):
+            shutil.copytree(ROOT / part, copy / part, ignore=ignored)
+        for file in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
+            shutil.copy(ROOT / file, copy / file)
+        bin_folder = Path(sys.executable).parent
+        for command in ("nbdev_clean", "nbdev_export"):
+            subprocess.run([bin_folder / command], cwd=copy, check=True)
+        before = {
+            p.relative_to(ROOT)
+            for part in ("nbs", "oprd_nb")
+            for p in (ROOT / part).rglob("*")
+            if p.suffix in (".py", ".ipynb")
+        }
+        after = {
+            p.relative_to(copy)
+            for part in ("nbs", "oprd_nb")
+            for p in (copy / part).rglob("*")
+            if p.suffix in (".py", ".ipynb")
+        }
+        before = {p for p in before if ".ipynb_checkpoints" not in p.parts}
+        return sorted(
+            str(p)
+            for p in before | after
+            if p not in before & after or not filecmp.cmp(ROOT / p, copy / p, shallow=False)
+        )
+
+
+if __name__ == "__main__":
+    if files := differing():
+        sys.exit(f"out of sync: {', '.join(files)}; edit the notebooks, then run nbdev_clean && nbdev_export")
+    print("notebooks and package are in sync")

@@ -1,0 +1,26 @@
+"""Write README.md from nbs/index.ipynb: its text and the code of its examples, without saved outputs."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).parent.parent
+
+
+def readme() -> str:
+    """README's text."""
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    return MarkdownExporter().from_notebook_node(notebook)[0].strip() + "\n"
+
+
+if __name__ == "__main__":
+    if "--print" in sys.argv:
+        sys.stdout.write(readme())
+    else:
+        (ROOT / "README.md").write_text(readme())
