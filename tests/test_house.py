@@ -3,6 +3,7 @@
 import ast
 import importlib
 import io
+import json
 import re
 import statistics
 import subprocess
@@ -466,3 +467,18 @@ def test_prose_has_no_house_words():
 def test_prose_says_per_and_not_a():
     found = hits(PER)
     assert not found, listing(found, 300)
+
+
+def test_no_name_in_the_package_is_undefined():
+    """ruff's F821 is off in pyproject.toml, since it takes jaxtyping's dimension names for Python names."""
+    command = ["ruff", "check", "oprd_nb", "--isolated", "--select", "F821", "--output-format", "json"]
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    wrong = []
+    for found in json.loads(result.stdout):
+        path = Path(found["filename"])
+        row = found["location"]["row"]
+        column = found["location"]["column"]
+        inside_a_string = path.read_text().splitlines()[row - 1][: column - 1].count('"') % 2 == 1
+        if not inside_a_string:
+            wrong.append(f"{short(path)}:{row}: {found['message']}")
+    assert not wrong, listing(wrong)
