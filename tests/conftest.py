@@ -16,14 +16,17 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that train for minutes")
+    parser.addoption("--browser", action="store_true", help="also run the tests that open a page in chromium")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="trains for minutes; run with --slow")
+    reasons = {"slow": "trains for minutes; run with --slow", "browser": "opens a page; run with --browser"}
+    for name, reason in reasons.items():
+        if config.getoption(f"--{name}"):
+            continue
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+            if name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def tiny_qwen3(seed=0, vocab_size=40, layers=3, width=32, tie=False):
