@@ -20,8 +20,9 @@ os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 import torch  # noqa: E402
 
 from oprd_nb.capture import backbone_of, capture, num_layers_of
-from oprd_nb.core import RETURN_MEMORY, Positions, measured, set_seed
+from oprd_nb.core import Positions, set_seed
 from oprd_nb.models.loading import load_model
+from oprd_nb.utils import RETURN_MEMORY, measured
 
 
 def ways(model, time: int):

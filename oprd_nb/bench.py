@@ -33,7 +33,7 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from .bridge.base import BridgeMetadata, ModelSpec
 from .bridge.pca import Bridge
 from .capture import backbone_of, capture_each
-from .core import RETURN_MEMORY, Positions, Rollouts, measured
+from .core import Positions, Rollouts
 from .models.loading import load_model, load_tokenizer
 from .models.pairs import embedded
 from .objectives.objective import loss_on_pairs, plan
@@ -46,10 +46,11 @@ from .plots.theme import base_figure, format_bytes
 from .rollouts.prompts import Sampler
 from .rollouts.samplers import HFSampler
 from .rollouts.vllm import VLLMSampler
-from .runs import OKABE_ITO, method_style
+from .runs import method_style
 from .teachers import Teacher
 from .training.batching import micro_batches
 from .training.experiment import versions
+from .utils import OKABE_ITO, RETURN_MEMORY, measured
 
 # %% ../nbs/50_bench.ipynb #00000005
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from .models.loading import load_model, load_tokenizer
 from .plots.curves import position_cosine, rank_cosine
 from oprd_nb.probing.similarity import (
     cka_matrix,
-    cluster_bootstrap_ratio,
     cosine_by_k,
     cosine_by_layer,
     divergence_layer,
@@ -43,6 +42,7 @@ from .structure.moments import Moments
 from .structure.ranks import SuggestedRank, component_r2, rank_curve, suggest_rank
 from .tasks.problems import load_task
 from .teachers import Teacher
+from .utils import cluster_bootstrap_ratio
 
 # %% ../nbs/32_diagnosis.ipynb #00000005
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from .objectives.output_space import FullKL, kl, log_probs
 from .objectives.terms import Term, as_objective
 from .pairing.positions import Pairs
 from .plots.theme import base_figure
-from .runs import OKABE_ITO, method_style
+from .runs import method_style
 from .structure.moments import LayerPair, Moments
 from .structure.ranks import Heldout, component_r2, error_decomposition, fit_ridge
 from .teachers import Teacher
+from .utils import OKABE_ITO
 
 # %% ../nbs/40_theory.ipynb #00000005
 def signal_and_noise(gradients: Iterable[Float[Tensor, "parameters"]]) -> tuple[float, float]:

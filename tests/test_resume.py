@@ -19,7 +19,7 @@ from oprd_nb.bridge.pca import Bridge
 from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.callbacks import RunFolder, append_jsonl, read_jsonl
+from oprd_nb.training.callbacks import RunFolder
 from oprd_nb.training.checkpoints import (
     SEAL,
     checkpoint_problem,
@@ -29,6 +29,7 @@ from oprd_nb.training.checkpoints import (
     write_manifest,
 )
 from oprd_nb.training.trainer import EpochSampler, OPRDConfig, OPRDTrainer
+from oprd_nb.utils import append_jsonl, read_jsonl
 
 ONE_A_KIND = ["rollout:4", "backward:5", "optimizer:4", "full:4"]
 THREE_A_KIND = [

@@ -11,7 +11,6 @@ from scipy import stats
 
 from oprd_nb.runs import (
     METHODS,
-    OKABE_ITO,
     metrics_table,
     mu_table,
     problem_scores,
@@ -20,6 +19,7 @@ from oprd_nb.runs import (
     set_scores,
     summary_table,
 )
+from oprd_nb.utils import OKABE_ITO
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd_nb.core import measured
 from oprd_nb.structure.moments import CHUNK, Moments, effective_rank, pca_spectrum, planted_pair
 from oprd_nb.structure.ranks import (
     component_r2,
@@ -21,6 +20,7 @@ from oprd_nb.structure.ranks import (
     rank_curve,
     suggest_rank,
 )
+from oprd_nb.utils import measured
 
 PAIR = (2, 3)
 
@@ -87,8 +87,8 @@ def test_update_leaves_its_rows_alone_and_builds_no_graph():
 
 PEAK = """
 import sys, torch
-from oprd_nb.core import measured
 from oprd_nb.structure import Moments
+from oprd_nb.utils import measured
 block = tuple(torch.randn(10_000, 576, generator=torch.Generator().manual_seed(0)) + 2 for _ in range(2))
 Moments([(1, 1)], 576, 576).update((1, 1), block[0][:64], block[1][:64])
 with measured() as cost:

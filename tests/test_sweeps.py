@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from oprd_nb.plots.sweeps import final_figure, over_seeds, paired_gap, style_of, sweep_figure, t_interval
+from oprd_nb.plots.sweeps import final_figure, over_seeds, paired_gap, style_of, sweep_figure
+from oprd_nb.utils import t_interval
 
 
 @pytest.fixture()

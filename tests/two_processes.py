@@ -33,9 +33,9 @@ from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.callbacks import read_jsonl
 from oprd_nb.training.checkpoints import checkpoint_problem, checkpoints_of
 from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.utils import read_jsonl
 
 STEPS, RESPONSES = 5, 16
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..capture import FINAL, backbone_of, num_layers_of
-from ..core import replacing
 from ..pairing.token_bytes import fingerprint
 from ..teachers import Teacher
+from ..utils import replacing
 
 # %% ../../nbs/12_bridge/01_base.ipynb #00000005
 @dataclass(frozen=True)

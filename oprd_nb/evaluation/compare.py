@@ -16,8 +16,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from .metrics import interval, token_diversity
+from .metrics import token_diversity
 from .sampling import Evaluation, shown
+from ..utils import bootstrap_interval
 
 # %% ../../nbs/21_evaluation/03_compare.ipynb #00000005
 def _paired(
@@ -27,7 +28,7 @@ def _paired(
     difference = (a - b)[~np.isnan(a - b)]
     if len(difference) < 2:
         return (math.nan,) * 4
-    low, high = interval(difference)
+    low, high = bootstrap_interval(difference)
     if not difference.any():
         return 0.0, 0.0, 0.0, 1.0
     batch = max(1, 4_000_000 // len(difference))

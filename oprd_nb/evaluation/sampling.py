@@ -22,11 +22,12 @@ import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
-from ..core import Rollouts, replacing
-from .metrics import diversity_size, grid, interval, problem_metrics
+from ..core import Rollouts
+from .metrics import diversity_size, grid, problem_metrics
 from ..rollouts.prompts import Sampler
 from ..tasks.grading import extract_answer, grade_all
 from ..tasks.problems import Task
+from ..utils import bootstrap_interval, replacing
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000005
 @dataclass
@@ -79,7 +80,7 @@ class Evaluation:
         rows = []
         for name, column in self.by_problem.items():
             values = column.dropna().to_numpy()
-            low, high = interval(values)
+            low, high = bootstrap_interval(values)
             rows.append(
                 {
                     "metric": name,

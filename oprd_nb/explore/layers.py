@@ -20,8 +20,9 @@ from plotly.subplots import make_subplots
 from ..pairing.layers import pair_layers
 from ..plots.theme import base_figure
 from ..probing.similarity import cosine_by_layer, layers_in
-from ..runs import METHODS, OKABE_ITO, require_columns
+from ..runs import METHODS, require_columns
 from ..structure.ranks import rank_error
+from ..utils import OKABE_ITO
 
 # %% ../../nbs/31_explore/01_layers.ipynb #00000007
 BLUE, GREY, ORANGE, GREEN = (

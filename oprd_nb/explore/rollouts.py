@@ -23,7 +23,8 @@ from plotly.subplots import make_subplots
 
 from .scores import load_tokens
 from ..plots.theme import base_figure
-from ..runs import OKABE_ITO, Run, read_run
+from ..runs import Run, read_run
+from ..utils import OKABE_ITO
 
 # %% ../../nbs/31_explore/03_rollouts.ipynb #00000005
 @dataclass(frozen=True)

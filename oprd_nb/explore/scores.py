@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..capture import backbone_of
-from ..core import Rollouts, replacing
+from ..core import Rollouts
 from ..objectives.objective import loss_of
 from ..objectives.output_space import FullKL
 from ..objectives.representation import Representation
@@ -31,6 +31,7 @@ from ..rollouts.prompts import encode_prompts
 from ..runs import require_columns
 from ..teachers import Teacher
 from ..training.batching import trim_padding
+from ..utils import replacing
 
 # %% ../../nbs/31_explore/02_scores.ipynb #00000005
 def to_read(samples: pd.DataFrame, most: int = 64) -> pd.DataFrame:

@@ -27,9 +27,10 @@ from .curves import rank_cosine
 from .report import STYLE
 from .theme import base_figure, format_percent
 from ..rollouts.samplers import HFSampler
-from ..runs import METHODS, OKABE_ITO
+from ..runs import METHODS
 from ..tasks.problems import load_task
 from ..teachers import Teacher
+from ..utils import OKABE_ITO
 
 # %% ../../nbs/30_plots/05_bridge_page.ipynb #00000005
 def bridge_figure(bridge: Bridge | ReadoutBridge) -> go.Figure:

@@ -21,7 +21,6 @@ from scipy.signal import savgol_filter
 from .theme import base_figure, format_bytes, format_percent, format_time
 from oprd_nb.runs import (
     METHODS,
-    OKABE_ITO,
     Runs,
     accuracy_metric,
     layer_table,
@@ -31,6 +30,7 @@ from oprd_nb.runs import (
     require_columns,
     summary_table,
 )
+from ..utils import OKABE_ITO
 
 # %% ../../nbs/30_plots/01_curves.ipynb #00000009
 def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:

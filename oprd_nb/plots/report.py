@@ -19,12 +19,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 from plotly.offline import get_plotlyjs
-from scipy import stats
 
-from ..evaluation.metrics import interval
 from .curves import accuracy_curve, cosine_curve, length_curve, pareto_bubble
 from .theme import FONT, format_bytes, format_percent, format_time
-from ..runs import OKABE_ITO, Run, as_runs, method_style, problem_scores, summary_table
+from ..runs import Run, as_runs, method_style, problem_scores, summary_table
+from ..utils import OKABE_ITO, bootstrap_interval, welch_interval
 
 # %% ../../nbs/30_plots/04_report.ipynb #00000007
 def lead(first: Sequence[Run], second: Sequence[Run]) -> tuple[float, float, float]:
@@ -35,11 +34,13 @@ def lead(first: Sequence[Run], second: Sequence[Run]) -> tuple[float, float, flo
     ]
     if min(map(len, scores)) > 1:
         means = [[values.mean() for values in label] for label in scores]
-        bounds = stats.ttest_ind(*means, equal_var=False).confidence_interval()
-        return float(np.mean(means[0]) - np.mean(means[1])), float(bounds.low), float(bounds.high)
+        return welch_interval(*means)
     one, other = (pd.concat(label).groupby(level=["set", "problem"]).mean() for label in scores)
     difference = (one - other).dropna().to_numpy()
-    return (float(difference.mean()) if len(difference) else np.nan, *map(float, interval(difference)))
+    return (
+        float(difference.mean()) if len(difference) else np.nan,
+        *map(float, bootstrap_interval(difference)),
+    )
 
 
 def headline(runs: Sequence[Run], table: pd.DataFrame) -> tuple[str, str]:

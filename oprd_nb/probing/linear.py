@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .similarity import cluster_bootstrap_ratio
 from .states import split_by_response
+from ..utils import cluster_bootstrap_ratio
 
 # %% ../../nbs/11_probing/03_linear.ipynb #00000006
 def control_labels(labels: Tensor, response: Int[Tensor, "rows"], seed: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import replacing
+from ..utils import replacing
 
 # %% ../../nbs/10_structure/01_moments.ipynb #00000007
 class PlantedRows(NamedTuple):

@@ -24,8 +24,8 @@ from ..objectives.terms import Objective, as_objective
 from ..rollouts.samplers import HFSampler, ReplaySampler
 from ..tasks.problems import Task
 from ..teachers import Teacher
-from .callbacks import read_jsonl
 from .trainer import OPRDConfig, OPRDTrainer
+from ..utils import read_jsonl
 
 # %% ../../nbs/23_training/06_experiment.ipynb #00000005
 BRIDGE_KINDS = {"bridge": "pca", "readout": "readout"}

@@ -33,7 +33,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ..bridge.base import BridgeBase
 from ..capture import FINAL, backbone_of, blocks_of, capture_each, lm_head_of, num_layers_of
-from ..core import Rollouts, measured, set_seed
+from ..core import Rollouts, set_seed
 from ..evaluation.sampling import evaluate
 from ..models.loading import check_tokenizer, end_tokens
 from ..objectives.objective import check_vocabularies, combine, plan
@@ -59,6 +59,7 @@ from oprd_nb.training.diagnostics import (
     output_diagnostics,
     representation_diagnostics,
 )
+from ..utils import measured
 
 # %% ../../nbs/23_training/05_trainer.ipynb #00000005
 _SEAMS = {
