@@ -1,4 +1,7 @@
-"""Write README.md from nbs/index.ipynb: its text and the code of its examples, without saved outputs."""
+"""Write README.md from nbs/index.ipynb: its text and the code of its examples, without saved outputs.
+
+Cells flagged `#| echo: false` draw a figure; they are left out.
+"""
 
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ def readme() -> str:
     """README's text."""
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     notebook.metadata["language_info"] = {"name": "python"}
+    notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("#| echo: false")]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []

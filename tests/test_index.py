@@ -1,0 +1,57 @@
+"""The index: its map names every notebook, its paths name what exists, and the links of all notebooks lead somewhere."""
+
+import json
+import re
+
+import pytest
+from notebook_graph import NOTEBOOKS, ROOT, Modules, all_notebooks, in_reading_order
+
+INDEX = NOTEBOOKS / "index.ipynb"
+LINK = re.compile(r"\]\(([^)#\s]+\.(?:ipynb|md|py))(?:#[^)]*)?\)")
+
+
+def prose(path) -> str:
+    """All Markdown of a notebook."""
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def test_the_map_names_every_notebook():
+    table = [line for line in prose(INDEX).splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`([0-9]{2}\w+)`", "\n".join(table)))
+    there = {str(book.name).removesuffix(".ipynb").split("/")[0] for book in in_reading_order()}
+    assert named == there
+
+
+def test_the_tutorials_are_named():
+    tutorials = {path.stem for path in (NOTEBOOKS / "tutorials").glob("*.ipynb")}
+    assert tutorials <= set(re.findall(r"`(\w+)`", prose(INDEX)))
+
+
+def test_the_three_paths_name_what_the_package_defines():
+    text = prose(INDEX)
+    section = text[text.index("### Three paths") : text.index("A run folder is plain")]
+    sources = "\n".join(path.read_text() for path in Modules().files.values())
+    defined = set(re.findall(r"^\s*(?:def|class) (\w+)", sources, re.MULTILINE))
+    named = [word for quoted in re.findall(r"`([^`]+)`", section) for word in re.findall(r"\w+", quoted)]
+    ignored = {"metrics", "jsonl", "bridge"}
+    missing = [word for word in named if word not in defined | ignored]
+    assert named and not missing
+
+
+@pytest.mark.parametrize("book", all_notebooks(), ids=lambda book: str(book.name))
+def test_links_between_notebooks_lead_somewhere(book):
+    path = NOTEBOOKS / book.name
+    broken = [target for target in LINK.findall(prose(path)) if not target.startswith("http")]
+    places = [path.parent, ROOT] if path == INDEX else [path.parent]
+    assert not [target for target in broken if not any((place / target).exists() for place in places)]
+
+
+def test_notebooks_named_in_prose_exist():
+    there = {str(book.name).removesuffix(".ipynb") for book in all_notebooks()}
+    there |= {name.split("/")[0] for name in there}
+    wrong = []
+    for book in all_notebooks():
+        named = re.findall(r"`(\d\d[a-z]?_[\w/]+)`", prose(NOTEBOOKS / book.name))
+        wrong += [f"{book.name}: {name}" for name in named if name not in there]
+    assert not wrong
