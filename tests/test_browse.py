@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import tiny_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_fixture import synthetic_run
 from test_explore import CHROMIUM, opened
 
 from oprd_nb.core import Rollouts
@@ -44,6 +43,7 @@ from oprd_nb.explore.scores import (
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.pairing.positions import pair_positions
+from oprd_nb.runs import synthetic_run
 from oprd_nb.teachers import Teacher
 
 EVIL = "<img src=x onerror='window.hacked = 1'></span><script>window.hacked = 1</script>\" onmouseover=\"window.hacked = 1"

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_fixture import synthetic_metrics, synthetic_run
 from test_explore import CHROMIUM, opened
 
 from oprd_nb.explore.dashboard import (
@@ -24,7 +23,7 @@ from oprd_nb.explore.dashboard import (
     panel_figure,
     state_html,
 )
-from oprd_nb.runs import METHODS, read_metrics
+from oprd_nb.runs import METHODS, read_metrics, synthetic_metrics, synthetic_run
 
 ROWS = st.lists(
     st.fixed_dictionaries(
@@ -136,7 +135,7 @@ def test_metrics_that_nobody_logged_leave_their_panel_away(tmp_path):
 
 
 def test_names_cannot_become_markup(tmp_path):
-    run = Watched(synthetic_run(tmp_path / "<b>x", "oprd", steps=3, problems=4, label="<script>"))
+    run = Watched(synthetic_run(tmp_path / "<b>x", "oprd", steps=3, problems=4, about={"label": "<script>"}))
     run.refresh()
     page = state_html([run], trouble="<img>")
     assert "<b>" not in page and "<script>" not in page and "<img>" not in page

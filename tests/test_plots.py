@@ -2,10 +2,10 @@
 
 import numpy as np
 import pandas as pd
+import plotly.io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_fixture import SHAPES, synthetic_run
 
 from oprd_nb import plots
 from oprd_nb.plots.curves import (
@@ -21,8 +21,9 @@ from oprd_nb.plots.curves import (
     rolling_mean,
 )
 from oprd_nb.plots.tables import best_cells, paper_table
-from oprd_nb.plots.theme import SmallPng
-from oprd_nb.runs import METHODS, metrics_table, read_run, summary_table
+from oprd_nb.runs import METHODS, metrics_table, read_run, summary_table, synthetic_run
+from oprd_nb.runs.synthetic import SHAPES
+from oprd_nb.utils import small_png
 
 CURVES = {
     "accuracy_curve": "eval/avg@1",
@@ -112,7 +113,8 @@ def test_a_line_is_the_mean_over_seeds(runs):
 
 def test_labels_of_one_method_share_its_colour_and_differ_in_dash(tmp_path):
     runs = [
-        synthetic_run(tmp_path / str(mu), "oprd", steps=20, problems=5, label=f"μ = {mu}") for mu in (1, 10)
+        synthetic_run(tmp_path / str(mu), "oprd", steps=20, problems=5, about={"label": f"μ = {mu}"})
+        for mu in (1, 10)
     ]
     lines = [trace for trace in accuracy_curve(runs).data if trace.mode == "lines"]
     assert len({line.line.color for line in lines}) == 1 and len({line.line.dash for line in lines}) == 2
@@ -245,6 +247,6 @@ def test_a_machine_without_a_browser_shows_figures_without_pictures(monkeypatch)
     def no_browser(*args, **kwargs):
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
-    monkeypatch.setattr(plots.theme.pio, "to_image", no_browser)
+    monkeypatch.setattr(plotly.io, "to_image", no_browser)
     with pytest.warns(UserWarning, match="plotly_get_chrome"):
-        assert SmallPng().to_mimebundle({}) == {}
+        assert small_png({}) == {}

@@ -5,11 +5,9 @@ import shutil
 
 import pandas as pd
 import pytest
-import yaml
-from run_fixture import synthetic_run
 
 from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, clipped, headline, lead, rollouts_html, write_report
-from oprd_nb.runs import as_runs, summary_table
+from oprd_nb.runs import as_runs, read_settings, summary_table, synthetic_run, write_about, write_settings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -54,13 +52,9 @@ def test_text_from_runs_cannot_become_markup(runs, tmp_path):
     for name in ("before", "after"):
         table = pd.read_parquet(runs[0] / "eval" / f"{name}.parquet")
         table.assign(response=EVIL, prompt=EVIL, answer=EVIL).to_parquet(runs[0] / "eval" / f"{name}.parquet")
-    config = yaml.safe_load((runs[0] / "config.yaml").read_text()) | {
-        "label": EVIL,
-        "student": EVIL,
-        "command": EVIL,
-        "note": EVIL,
-    }
-    (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    settings, about = read_settings(runs[0])
+    write_settings(runs[0], settings | {"student": EVIL, "note": EVIL})
+    write_about(runs[0], about | {"label": EVIL, "command": EVIL, "note of a fact": EVIL})
     page = write_report(runs, tmp_path / "report.html").read_text("utf-8")
     assert (
         page.count("<script>") == page.count("</script>") == 2 + page.count(EVIL)
@@ -79,7 +73,7 @@ def test_no_evaluation_and_no_curves_still_make_a_page(tmp_path):
 def test_the_headline_says_noise_where_there_is_noise(tmp_path):
     close = as_runs(
         [
-            synthetic_run(tmp_path / name, "oprd", seed, steps=5, problems=40, label=name)
+            synthetic_run(tmp_path / name, "oprd", seed, steps=5, problems=40, about={"label": name})
             for seed, name in enumerate(("A", "B"))
         ]
     )

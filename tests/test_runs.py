@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from run_fixture import synthetic_run
 from scipy import stats
 
 from oprd_nb.runs import (
@@ -18,6 +17,7 @@ from oprd_nb.runs import (
     read_run,
     set_scores,
     summary_table,
+    synthetic_run,
 )
 from oprd_nb.utils import OKABE_ITO
 
@@ -115,7 +115,12 @@ def test_outcomes_of_seeds_are_their_mean_with_a_t_interval(tmp_path):
 def test_runs_with_other_labels_are_not_averaged(tmp_path):
     runs = [
         synthetic_run(
-            tmp_path / str(rate), "oprd", steps=10, problems=20, label=f"OPRD, lr {rate}", learning_rate=rate
+            tmp_path / str(rate),
+            "oprd",
+            steps=10,
+            problems=20,
+            about={"label": f"OPRD, lr {rate}"},
+            learning_rate=rate,
         )
         for rate in (1e-3, 3e-3)
     ]

@@ -24,8 +24,17 @@ import yaml
 from plotly.subplots import make_subplots
 
 from ..plots.curves import DASHES, default_window, downsample, rolling_mean, time_axis, to_float32
-from ..plots.theme import base_figure, format_percent, format_time
-from ..runs import Method, method_style, problem_scores
+from ..plots.theme import TEMPLATE, base_figure, format_percent, format_time
+from oprd_nb.runs import (
+    Method,
+    RunPaths,
+    merge_line,
+    method_style,
+    parse_line,
+    problem_scores,
+    read_settings,
+    rows_table,
+)
 
 # %% ../../nbs/31_explore/04_dashboard.ipynb #00000005
 @dataclass
@@ -60,9 +69,7 @@ class MetricsTail:
 
     def table(self) -> pd.DataFrame:
         """All metrics so far, one row a step in ascending order."""
-        return pd.DataFrame(
-            [self.rows[step] for step in sorted(self.rows)], columns=None if self.rows else ["step"]
-        )
+        return rows_table(self.rows)
 
     def _take(self, line: bytes) -> None:
         """Add one whole line."""
@@ -73,14 +80,10 @@ class MetricsTail:
 
     def _try(self, line: bytes) -> bool:
         """Add a line if it is a whole JSON object with a step."""
-        try:
-            row = json.loads(line)
-            self.rows.setdefault(row["step"], {"step": row["step"]}).update(
-                {name: value for name, value in row.items() if value is not None}
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return False
-        return True
+        entry = parse_line(line)
+        if entry is not None:
+            merge_line(self.rows, entry)
+        return entry is not None
 
     def _forget(self) -> bool:
         """Start again; True where anything was known."""
@@ -114,6 +117,7 @@ class Watched:
     tail: MetricsTail = field(init=False)
     table: pd.DataFrame = field(init=False, repr=False)
     config: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     _stamps: dict[Path, tuple | None] = field(default_factory=dict, repr=False)
 
@@ -135,9 +139,11 @@ class Watched:
 
     def refresh(self) -> bool:
         """Read what is new in the folder; True where anything was."""
-        fresh = self.changed(config := self.folder / "config.yaml")
+        paths = RunPaths(self.folder)
+        changed = [self.changed(paths.config), self.changed(paths.about)]
+        fresh = any(changed)
         if fresh:
-            self.config = yaml.safe_load(config.read_text("utf-8")) or {}
+            self.config, self.about = read_settings(self.folder)
         for name in ("before", "after"):
             if self.changed(path := self.folder / "eval" / f"{name}.parquet"):
                 self.accuracy[name], fresh = accuracy_in(path), True
@@ -289,10 +295,7 @@ def state_cells(run: Watched) -> list[str]:
     """Method, step, time and accuracies of one run, as text."""
     if not run.config and not len(run.table):
         return ["–", "not begun: waiting for its folder", "", "", ""]
-    steps, metric = (
-        run.config.get("max_steps") or run.config.get("steps"),
-        found_in(run.table, r"eval/avg@\d+"),
-    )
+    steps, metric = (run.config.get("max_steps"), found_in(run.table, r"eval/avg@\d+"))
     last = int(run.table["step"].max()) if len(run.table) else 0
     seconds = run.table["seconds"].max() if "seconds" in run.table and len(run.table) else 0.0
     newest = format_percent(run.table[metric].dropna().iloc[-1]) if metric else "–"
@@ -301,7 +304,7 @@ def state_cells(run: Watched) -> list[str]:
         for name in ("before", "after")
     ]
     return [
-        run.config.get("label") or run.style.label,
+        run.about.get("label") or run.style.label,
         f"{last:,}" + (f" of {steps:,}" if isinstance(steps, int) else ""),
         format_time(seconds),
         newest,
@@ -469,7 +472,7 @@ def static_page(dashboard: RunDashboard) -> go.Figure:
             type=axis.type, tickformat=axis.tickformat, autorange=axis.autorange, nticks=6, **place
         )
     page.update_layout(
-        template="oprd",
+        template=TEMPLATE,
         barmode="stack",
         legend_traceorder="normal",
         width=700,

@@ -252,7 +252,11 @@ def settings_html(runs: Sequence[Run]) -> str:
     """What the runs share, and what differs by run, from their config.yaml; commands and versions are left to `reproduce_html`."""
     each = {
         run.path.name: flat(
-            {key: value for key, value in run.config.items() if key not in ("command", "versions")}
+            {
+                key: value
+                for key, value in (run.config | run.about).items()
+                if key not in ("command", "versions")
+            }
         )
         for run in runs
     }
@@ -277,12 +281,12 @@ def settings_html(runs: Sequence[Run]) -> str:
 
 def reproduce_html(runs: Sequence[Run]) -> str:
     """The commands that made the runs (`command` in config.yaml) and the versions they ran with."""
-    commands = list(dict.fromkeys(str(run.config["command"]) for run in runs if "command" in run.config))
+    commands = list(dict.fromkeys(str(run.about["command"]) for run in runs if "command" in run.about))
     versions = list(
         {
-            yaml.safe_dump(run.config["versions"], sort_keys=False): None
+            yaml.safe_dump(run.about["versions"], sort_keys=False): None
             for run in runs
-            if run.config.get("versions")
+            if run.about.get("versions")
         }
     )
     how = (
@@ -302,7 +306,7 @@ EMBEDDED = (
 
 def caveats_html(runs: Sequence[Run]) -> str:
     """What a reader must know first: synthetic runs, and runs on the embedded models."""
-    said = [SYNTHETIC] * any(run.config.get("synthetic") for run in runs)
+    said = [SYNTHETIC] * any(run.about.get("synthetic") for run in runs)
     said += [EMBEDDED] * any("embedded" in str(run.config.get("student")) for run in runs)
     return "".join(f"<p class='caveat'>{text}</p>" for text in said)
 
@@ -358,7 +362,7 @@ def page_html(runs: list[Run]) -> str:
     figures, reasons = draw_figures(runs)
     names = " · ".join(
         dict.fromkeys(
-            f"{run.config.get('task', 'task not named')}, {run.config.get('student', 'student not named')} ← "
+            f"{run.about.get('task', 'task not named')}, {run.config.get('student', 'student not named')} ← "
             f"{run.config.get('teacher', 'teacher not named')}"
             for run in runs
         )
