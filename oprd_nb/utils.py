@@ -28,9 +28,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-if TYPE_CHECKING:
-    import torch
-
 # %% ../nbs/00_utils.ipynb #43227165
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -53,9 +50,9 @@ def append_jsonl(path: Path, entry: dict) -> None:
             end = file.tell()
             try:
                 if file.write(line) < len(line):
-                    raise OSError("no room for the whole line")
+                    raise OSError("no space for the whole line")
             except OSError:
-                # What was written of this line is cut off again, so that the next line starts at a line's start.
+                # Half a line must not stay: the next entry would be glued to it.
                 with suppress(OSError):
                     file.truncate(end)
                 raise
@@ -79,7 +76,8 @@ def parse_json_line(line: str | bytes) -> dict | None:
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects on all whole lines of a file that `append_jsonl` wrote; [] where there is no such file.
 
-    A last line without a newline is left out, and so are empty lines. ValueError for a line that is not an object.
+    A last line without a newline is left out, and so are empty lines.
+    ValueError for a line that is not an object.
     """
     path = Path(path)
     if not path.exists():
@@ -188,6 +186,9 @@ def cluster_bootstrap_ratio(
     return Ratio(value, limits.low, limits.high)
 
 # %% ../nbs/00_utils.ipynb #9aa0d8d6
+if TYPE_CHECKING:
+    import torch
+
 RETURN_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """Environment variables of a process whose resident peaks are to be exact.
 
@@ -230,7 +231,7 @@ def _measured_on_cuda(device: "torch.device | str") -> Iterator[Cost]:
 
 @contextmanager
 def measured(device: "torch.device | str" = "cpu") -> Iterator[Cost]:
-    """Measure a block: `with measured(device) as cost: ...` fills `cost.seconds` and `cost.delta_peak` at its end."""
+    """Measure a block: `with measured(device) as cost: ...` fills `cost` at its end."""
     if str(device).startswith("cuda"):
         with _measured_on_cuda(device) as cost:
             yield cost
@@ -260,9 +261,9 @@ OKABE_ITO = {
 
 # %% ../nbs/00_utils.ipynb #a1dcec61
 def results_folder() -> Path:
-    """The folder `nbs/results` of the checkout that contains the working directory, or else the installed package.
+    """The folder `nbs/results` of the checkout that contains the working directory, or else this package.
 
-    FileNotFoundError where neither lies in a checkout.
+    FileNotFoundError where neither is inside a checkout.
     """
     package = importlib.util.find_spec("oprd_nb")
     starts = [Path.cwd()]
@@ -273,8 +274,8 @@ def results_folder() -> Path:
             if (folder / "nbs" / "results").is_dir():
                 return folder / "nbs" / "results"
     raise FileNotFoundError(
-        "results_folder(): found no nbs/results above the working directory; run this inside a checkout of the "
-        "repository, which stores the results that its notebooks draw"
+        "results_folder(): found no nbs/results above the working directory; run this inside a checkout "
+        "of the repository, which stores the results that its notebooks draw"
     )
 
 # %% ../nbs/00_utils.ipynb #7a1d4057
@@ -302,7 +303,7 @@ def small_png(figure: dict) -> dict[str, str]:
 
 # %% ../nbs/00_utils.ipynb #5d250525
 def notebook_defaults() -> None:
-    """Show figures as plotly's data and, outside of tests, as small pictures; silence other libraries' announcements."""
+    """Show figures as plotly's data and, outside of tests, as small pictures; silence announcements."""
     import plotly.io as pio
     from plotly.io.base_renderers import MimetypeRenderer
 

@@ -34,12 +34,7 @@ def trim_padding(rollouts: Rollouts, index: Int[Tensor, "group"]) -> tuple[Rollo
     """The rollouts `index` in the columns some of them attends to, and which columns those are."""
     used = rollouts.attention_mask[index].any(0).nonzero().squeeze(1)
     columns = slice(int(used[0]), int(used[-1]) + 1)
-    masks = (
-        x[index][:, columns] for x in (rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask)
-    )
-    return Rollouts(
-        *masks, prompts=rollouts.prompts and [rollouts.prompts[i] for i in index.tolist()]
-    ), columns
+    return rollouts.select(index, columns), columns
 
 
 def trim_pairs(pairs: Pairs, index: Int[Tensor, "group"], columns: slice) -> Pairs:
