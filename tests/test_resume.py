@@ -28,7 +28,9 @@ from oprd_nb.training.checkpoints import (
     last_good_checkpoint,
     write_manifest,
 )
-from oprd_nb.training.trainer import EpochSampler, OPRDConfig, OPRDTrainer
+from oprd_nb.training.config import OPRDConfig
+from oprd_nb.training.steps import EpochSampler
+from oprd_nb.training.trainer import OPRDTrainer
 from oprd_nb.utils import append_jsonl, read_jsonl
 
 ONE_A_KIND = ["rollout:4", "backward:5", "optimizer:4", "full:4"]

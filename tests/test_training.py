@@ -17,7 +17,8 @@ from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer, check_trl, freeze_unused
+from oprd_nb.training.config import OPRDConfig, check_trl, freeze_unused
+from oprd_nb.training.trainer import OPRDTrainer
 
 TERMS = [
     Representation(positions="last:9"),

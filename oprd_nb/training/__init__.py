@@ -9,7 +9,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "trainer": ["OPRDConfig", "OPRDTrainer"],
+        "config": ["OPRDConfig"],
+        "trainer": ["OPRDTrainer"],
         "experiment": ["distil"],
         "export": ["export_model"],
         "checkpoints": ["last_good_checkpoint"],
@@ -17,7 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
-    from .trainer import OPRDConfig as OPRDConfig, OPRDTrainer as OPRDTrainer
+    from .config import OPRDConfig as OPRDConfig
+    from .trainer import OPRDTrainer as OPRDTrainer
     from .experiment import distil as distil
     from .export import export_model as export_model
     from .checkpoints import last_good_checkpoint as last_good_checkpoint
