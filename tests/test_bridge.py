@@ -16,8 +16,18 @@ from peft import LoraConfig, get_peft_model
 from test_objectives import tiny_gpt2
 
 from oprd_nb.bridge.base import HELD_OUT, BridgeMetadata, ModelSpec, spec_of
-from oprd_nb.bridge.pca import Bridge, collect_moments, fit_bridge, load_bridge
-from oprd_nb.bridge.readout import ReadoutBridge, divergence, fit_readout, readout_rows, retokenize
+from oprd_nb.bridge.pca import Bridge, collect_moments, fit_bridge, refit_by_sgd
+from oprd_nb.bridge.readout import (
+    KLTargets,
+    ReadoutBridge,
+    StoredKLTargets,
+    TokenTargets,
+    divergence,
+    fit_readout,
+    load_bridge,
+    readout_states,
+    retokenize,
+)
 from oprd_nb.capture import FINAL, capture_each, lm_head_of
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
@@ -155,7 +165,7 @@ def test_a_smaller_rank_is_the_first_rows(rank, seed, ridge):
     student, teacher = gaussian(seed=seed)
     moments = seen(student, teacher)
     full, small = Bridge.fit(moments, 7, ridge), Bridge.fit(moments, rank, ridge)
-    for name, tensor in full.cut(rank).tensors.items():
+    for name, tensor in full.truncate(rank).tensors.items():
         assert torch.allclose(tensor, small.tensors[name], atol=1e-12)
     assert torch.allclose(
         full.project_student(2, student)[:, :rank], small.project_student(2, student), atol=1e-10
@@ -178,9 +188,8 @@ def test_projections_are_eq_13_written_out():
 
 def test_the_recipe_is_an_option_and_has_no_bias():
     student, teacher = gaussian()
-    made = Bridge.fit(
-        seen(student, teacher), 3, sgd_rows={(2, 3): (student, teacher)}, heldout={(2, 3): gaussian(50)}
-    )
+    closed = Bridge.fit(seen(student, teacher), 3)
+    made = refit_by_sgd(closed, {(2, 3): (student, teacher)}, heldout={(2, 3): gaussian(50)})
     assert (
         made.header.recipe == "sgd"
         and not made.tensors["2.student.mean"].any()
@@ -201,7 +210,7 @@ def test_each_row_is_mapped_by_its_own_offset(offsets):
     for row, offset, state in zip(rows, offsets, together, strict=True):
         i = made.offsets.index(offset)
         assert torch.allclose(state, made.tensors["weight"][i] @ row + made.tensors["bias"][i], atol=1e-6)
-    assert made.max_offset == 4 and torch.equal(
+    assert max(made.offsets) == 4 and torch.equal(
         made.project_teacher(4, rows), made.project_teacher(4, rows, torch.zeros(len(rows), dtype=torch.long))
     )
 
@@ -333,9 +342,7 @@ def test_maps_of_bare_rows_know_their_widths_and_learn_the_rest(wide, rank8):
     made = Bridge.fit(seen(student, teacher, (9, 9)), 2)
     with pytest.raises(ValueError, match="student layers .9., this one has 4"):
         made.check(wide.student, wide.teacher)
-    fits = Bridge.fit(seen(student, teacher, (4, 6)), 2).fitted_for(
-        wide.student, wide.teacher, wide.tokenizer
-    )
+    fits = Bridge.fit(seen(student, teacher, (4, 6)), 2).bind(wide.student, wide.teacher, wide.tokenizer)
     assert fits.header.teacher.depth == 6 and fits.header.student.tokenizer == rank8.header.student.tokenizer
 
 
@@ -350,7 +357,7 @@ def test_maps_of_bare_rows_know_their_widths_and_learn_the_rest(wide, rank8):
             "rank='auto'.*ReadoutBridge",
         ),
         (lambda: Bridge.fit(Moments([(1, 1), (1, 2)], 6, 7)), "name a student layer twice"),
-        (lambda: Bridge.fit(seen(*gaussian()), 2).cut(3), "rank=3: this bridge has rank 2"),
+        (lambda: Bridge.fit(seen(*gaussian()), 2).truncate(3), "rank=3: this bridge has rank 2"),
         (
             lambda: Bridge.fit(seen(*gaussian()), 2).project_student(1, torch.zeros(1, 6)),
             "maps for student layers .2.",
@@ -540,28 +547,19 @@ def test_text_in_another_models_tokens(tokens):
 
 def test_closed_form_beside_the_recipe(wide):
     """The bar: held-out R² at r = 8 at least, cosine at least - 0.005, that of the recipe, at every learning rate tried."""
-    rows = collect_moments(*wide.all, keep_rows=True)
+    rows = collect_moments(*wide.all, keep_fitted=True)
     closed = Bridge.fit(rows.moments, 8, heldout=rows.heldout, groups=rows.groups)
     ours = closed.score(rows.heldout).groupby("rank")[["cosine", "r2"]].mean().loc[8]
     for rate in (1e-3, 1e-2, 3e-2):
-        tensors = dict(closed.tensors)
-        for s, t in closed.layer_pairs:
-            tensors |= {
-                f"{s}.student.weight": fit_sgd(
-                    rows.rows[s, t][0], closed.project_teacher(s, rows.rows[s, t][1]), learning_rate=rate
-                ),
-                f"{s}.student.mean": torch.zeros(96),
-            }
-        theirs = (
-            Bridge(closed.header, tensors).score(rows.heldout).groupby("rank")[["cosine", "r2"]].mean().loc[8]
-        )
+        by_recipe = refit_by_sgd(closed, rows.fitted, learning_rate=rate)
+        theirs = by_recipe.score(rows.heldout).groupby("rank")[["cosine", "r2"]].mean().loc[8]
         assert ours.r2 >= theirs.r2 and ours.cosine >= theirs.cosine - 0.005
 
 
 def test_held_out_responses_are_never_fitted_and_their_rows_are_few(wide, monkeypatch):
-    monkeypatch.setattr("oprd_nb.bridge.pca.HELD_OUT_ROWS", 100)
+    monkeypatch.setattr("oprd_nb.bridge.pca.HELD_OUT_STATES", 100)
     rows = collect_moments(*wide.all, layers="2,4", positions="last:5")
-    assert len(rows.groups.unique()) <= 51 and 60 <= len(rows.groups) <= 140 and rows.rows == {}
+    assert len(rows.groups.unique()) <= 51 and 60 <= len(rows.groups) <= 140 and rows.fitted == {}
     held = split_by_response(torch.arange(256), HELD_OUT)
     assert held[rows.groups].all() and all(
         len(a) == len(b) == len(rows.groups) for a, b in rows.heldout.values()
@@ -575,7 +573,7 @@ def test_held_out_responses_are_never_fitted_and_their_rows_are_few(wide, monkey
 def test_readout_kl_falls(wide, readout):
     score = readout.scores.iloc[0]
     assert score.student > 2 * score.ridge > 4 * score.fitted and score.fitted < 0.02
-    rows = readout_rows(*wide.all)
+    rows = readout_states(*wide.all)
     held = split_by_response(rows.responses, HELD_OUT)
     states = readout.project_teacher(4, rows.teacher[held])
     read = lm_head_of(wide.student)(states).log_softmax(-1)
@@ -598,11 +596,18 @@ def test_cross_entropy_falls_at_every_offset(by_offset):
 
 
 def test_targets_in_any_form_give_one_map(wide):
-    rows = readout_rows(*wide.all)
+    rows = readout_states(*wide.all)
     head = lm_head_of(wide.teacher.model)
     with torch.no_grad():
         logits = head(rows.teacher)
-    forms = [head, logits, logits.log_softmax(-1), logits.softmax(-1)]
+    forms = [
+        head,
+        logits,
+        logits.log_softmax(-1),
+        logits.softmax(-1),
+        KLTargets(head),
+        StoredKLTargets(logits),
+    ]
     made = [ReadoutBridge.fit(wide.student, rows.teacher, form, steps=30) for form in forms]
     for other in made[1:]:
         assert (
@@ -629,7 +634,8 @@ def test_vocabularies_padded_to_other_widths():
         divergence(F.pad(logits, (0, 5)), target), divergence(logits, target)
     )
     certain = F.one_hot(torch.arange(6), 9).float()
-    assert torch.allclose(divergence(logits, certain), divergence(logits, torch.arange(6)), atol=1e-6)
+    of_tokens = TokenTargets(torch.arange(6)).losses(logits, torch.zeros(6, 3), torch.arange(6))
+    assert torch.allclose(divergence(logits, certain), of_tokens, atol=1e-6)
 
 
 def test_a_student_in_bfloat16():

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from oprd_nb.bridge import ReadoutBridge
+from oprd_nb.bridge import ReadoutBridge, load_bridge
 from oprd_nb.bridge.base import BridgeMetadata, ModelSpec
-from oprd_nb.bridge.pca import Bridge, load_bridge
+from oprd_nb.bridge.pca import Bridge
 from oprd_nb.plots.bridge_page import (
     BridgeArguments,
     bridge_figure,

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from oprd_nb.bridge.base import BridgeMetadata, ModelSpec
-from oprd_nb.bridge.pca import Bridge, load_bridge
-from oprd_nb.bridge.readout import ReadoutBridge
+from oprd_nb.bridge.pca import Bridge
+from oprd_nb.bridge.readout import ReadoutBridge, load_bridge
 from oprd_nb.capture import FINAL
 from oprd_nb.cli.commands import BEST_LEARNING_RATE, COMMANDS, TrainArguments, main, objective_of
 from oprd_nb.core import Rollouts

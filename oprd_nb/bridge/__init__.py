@@ -11,11 +11,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "base": ["BridgeBase"],
         "pca": ["Bridge", "fit_bridge"],
-        "readout": ["ReadoutBridge", "fit_readout"],
+        "readout": ["KLTargets", "ReadoutBridge", "TokenTargets", "fit_readout", "load_bridge"],
     },
 )
 
 if TYPE_CHECKING:
     from .base import BridgeBase as BridgeBase
     from .pca import Bridge as Bridge, fit_bridge as fit_bridge
-    from .readout import ReadoutBridge as ReadoutBridge, fit_readout as fit_readout
+    from .readout import (
+        KLTargets as KLTargets,
+        ReadoutBridge as ReadoutBridge,
+        TokenTargets as TokenTargets,
+        fit_readout as fit_readout,
+        load_bridge as load_bridge,
+    )

@@ -24,9 +24,9 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from ..bench import BenchArguments, bench
-from ..bridge.base import FILE as BRIDGE_FILE
-from ..bridge.pca import Bridge, load_bridge
-from ..bridge.readout import ReadoutBridge
+from ..bridge.base import BRIDGE_FILE
+from ..bridge.pca import Bridge
+from ..bridge.readout import ReadoutBridge, load_bridge
 from ..core import Rollouts, set_seed
 from ..diagnosis import ProbeArguments, probe
 from ..evaluation.compare import export_table, paired_table
