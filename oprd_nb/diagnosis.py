@@ -26,7 +26,7 @@ from .capture import num_layers_of
 from .core import Layers, Positions, Rollouts
 from .explore.layers import cka_map, layer_curve, layer_map, rank_figure
 from .models.loading import load_model, load_tokenizer
-from .plots.curves import position_cosine, rank_cosine
+from .plots.outcomes import position_cosine, rank_cosine
 from oprd_nb.probing.similarity import (
     cka_matrix,
     cosine_by_k,

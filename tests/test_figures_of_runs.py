@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from oprd_nb import plots
-from oprd_nb.plots.curves import layer_cosine, layer_heatmap, mu_sweep, pareto_bubble, pg_loss_curve
+from oprd_nb.plots.curves import layer_cosine, layer_heatmap, pg_loss_curve
+from oprd_nb.plots.outcomes import mu_sweep, pareto_bubble
 from oprd_nb.runs import METHODS, mu_table, read_run, summary_table
 
 STORED = Path(__file__).parent.parent / "nbs" / "results" / "figures"

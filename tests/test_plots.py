@@ -8,19 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd_nb import plots
-from oprd_nb.plots.curves import (
-    PAPER_TABLES,
-    accuracy_curve,
-    layer_cosine,
-    layer_heatmap,
-    length_curve,
-    mu_sweep,
-    pareto_bubble,
-    position_cosine,
-    rank_cosine,
-    rolling_mean,
-)
-from oprd_nb.plots.tables import best_cells, paper_table
+from oprd_nb.plots.curves import accuracy_curve, layer_cosine, layer_heatmap, length_curve
+from oprd_nb.plots.lines import rolling_mean
+from oprd_nb.plots.outcomes import mu_sweep, pareto_bubble, position_cosine, rank_cosine
+from oprd_nb.plots.paper import PAPER_TABLES, paper_table
+from oprd_nb.plots.tables import best_cells
 from oprd_nb.runs import METHODS, metrics_table, read_run, summary_table, synthetic_run
 from oprd_nb.runs.synthetic import SHAPES
 from oprd_nb.utils import small_png

@@ -23,7 +23,7 @@ import plotly.graph_objects as go
 import yaml
 from plotly.subplots import make_subplots
 
-from ..plots.curves import DASHES, default_window, downsample, rolling_mean, time_axis, to_float32
+from ..plots.lines import DASHES, default_window, downsample, rolling_mean, time_axis, to_float32
 from ..plots.theme import TEMPLATE, base_figure, format_percent, format_time
 from oprd_nb.runs import (
     Method,

@@ -16,22 +16,19 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "cosine_curve",
             "layer_cosine",
             "layer_heatmap",
-            "pareto_bubble",
-            "mu_sweep",
-            "position_cosine",
             "pg_loss_curve",
             "overlap_curve",
             "entropy_curves",
             "snr_curve",
-            "rank_cosine",
         ],
+        "outcomes": ["pareto_bubble", "mu_sweep", "position_cosine", "rank_cosine"],
+        "paper": ["paper_table"],
         "tables": [
             "accuracy_table",
             "cost_table",
             "cross_architecture_table",
             "cross_tokenizer_table",
             "diversity_table",
-            "paper_table",
         ],
         "sweeps": ["sweep_figure", "final_figure"],
         "report": ["write_report"],
@@ -46,22 +43,24 @@ if TYPE_CHECKING:
         cosine_curve as cosine_curve,
         layer_cosine as layer_cosine,
         layer_heatmap as layer_heatmap,
-        pareto_bubble as pareto_bubble,
-        mu_sweep as mu_sweep,
-        position_cosine as position_cosine,
         pg_loss_curve as pg_loss_curve,
         overlap_curve as overlap_curve,
         entropy_curves as entropy_curves,
         snr_curve as snr_curve,
+    )
+    from .outcomes import (
+        pareto_bubble as pareto_bubble,
+        mu_sweep as mu_sweep,
+        position_cosine as position_cosine,
         rank_cosine as rank_cosine,
     )
+    from .paper import paper_table as paper_table
     from .tables import (
         accuracy_table as accuracy_table,
         cost_table as cost_table,
         cross_architecture_table as cross_architecture_table,
         cross_tokenizer_table as cross_tokenizer_table,
         diversity_table as diversity_table,
-        paper_table as paper_table,
     )
     from .sweeps import sweep_figure as sweep_figure, final_figure as final_figure
     from .report import write_report as write_report

@@ -72,11 +72,11 @@ class RunPaths:
 # %% ../../nbs/22_runs/01_folder.ipynb #00000024
 @dataclass(frozen=True)
 class Metric:
-    """One key of metrics.jsonl: unit, axis title, and the number format of axis and hover text (d3)."""
+    """One key of metrics.jsonl: unit, axis title, and the number format of its values (d3)."""
 
     unit: str
     axis: str
-    format: str = ".3~g"
+    format: str = ".4~g"
 
     @property
     def is_share(self) -> bool:
@@ -87,7 +87,7 @@ class Metric:
 METRICS = {
     # Of every line.
     "step": Metric("optimizer steps", "Training step", ","),
-    "seconds": Metric("s", "Training time", ".3~g"),
+    "seconds": Metric("s", "Training time"),
     "epoch": Metric("passes over the prompts", "Epoch"),
     # The optimizer.
     "loss": Metric("of the objective", "Loss"),
@@ -95,8 +95,8 @@ METRICS = {
     "grad/snr": Metric("ratio", "Signal-to-noise", "~g"),
     "learning_rate": Metric("per step", "Learning rate"),
     # Terms of the objective.
-    "rep/cosine_similarity": Metric("cosine", "Cosine, student and teacher"),
-    "rep/cosine_layer_<l>": Metric("cosine", "Cosine"),
+    "rep/cosine_similarity": Metric("cosine", "Cosine, student and teacher", ".4f"),
+    "rep/cosine_layer_<l>": Metric("cosine", "Cosine", ".4f"),
     "actor/pg_loss": Metric("nats per token", "Loss, nats per token"),
     "topk/kl": Metric("nats per token", "Top-k KL, nats per token"),
     "full/reverse": Metric("nats per token", "Reverse KL, nats per token"),
@@ -104,16 +104,16 @@ METRICS = {
     "full/jsd": Metric("nats per token", "Jensen-Shannon, nats per token"),
     # Rollouts.
     "response_length/mean": Metric("tokens", "Tokens per response", ","),
-    "response/truncated": Metric("share", "Responses cut off", ".0%"),
+    "response/truncated": Metric("share", "Responses cut off", ".1%"),
     "pairing/coverage": Metric("share", "Positions paired with the teacher", ".1%"),
     "sampler/logprob_gap": Metric("nats per token", "Sampler against student, nats per token"),
     # At evaluation steps, on held-out problems.
-    "eval/avg@<k>": Metric("share", "Accuracy (Avg@<k>)", ".0%"),
+    "eval/avg@<k>": Metric("share", "Accuracy (Avg@<k>)", ".1%"),
     "eval/length/mean": Metric("tokens", "Tokens per response", ","),
-    "eval/truncated": Metric("share", "Responses cut off", ".0%"),
+    "eval/truncated": Metric("share", "Responses cut off", ".1%"),
     "actor/entropy": Metric("nats per token", "Entropy, nats per token"),
     "teacher/entropy": Metric("nats per token", "Entropy, nats per token"),
-    "topk/overlap_ratio": Metric("share", "Share of top-k tokens in common", ".0%"),
+    "topk/overlap_ratio": Metric("share", "Share of top-k tokens in common", ".1%"),
     # Cost of a step.
     "time/rollout": Metric("s", "Seconds per step, rollouts"),
     "time/teacher": Metric("s", "Seconds per step, teacher"),
@@ -126,7 +126,7 @@ METRICS = {
     "completions/mean_length": Metric("tokens", "Tokens per response, TRL", ","),
     "completions/min_length": Metric("tokens", "Shortest response, tokens", ","),
     "completions/max_length": Metric("tokens", "Longest response, tokens", ","),
-    "completions/clipped_ratio": Metric("share", "Responses cut off, TRL", ".0%"),
+    "completions/clipped_ratio": Metric("share", "Responses cut off, TRL", ".1%"),
     "completions/mean_terminated_length": Metric("tokens", "Tokens per ended response", ","),
     "completions/min_terminated_length": Metric("tokens", "Shortest ended response, tokens", ","),
     "completions/max_terminated_length": Metric("tokens", "Longest ended response, tokens", ","),
