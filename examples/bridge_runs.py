@@ -54,28 +54,23 @@ def bridge_for(stage: str, pair, seed: int):
     """The bridge a stage needs, fitted to the student as it is now; None for output-space methods."""
     from dataclasses import replace
 
+    from oprd_nb.bridge.fitting import fit_from_prompts
     from oprd_nb.bridge.readout import ReadoutBridge
-    from oprd_nb.plots.bridge_page import BridgeArguments, fit_for
     from oprd_nb.teachers import Teacher
 
     kind, *options = stage.split("-")
     if kind == "opd":
         return None
-    asked = BridgeArguments(
-        "student",
-        "teacher",
-        kind="pca" if kind == "bridge" else "readout",
-        rank=options[0] if kind == "bridge" else "8",
-        positions="all",
-        max_new_tokens=40,
-        seed=seed,
-    )
-    fitted = fit_for(
-        asked,
+    fitted = fit_from_prompts(
         pair.student,
         Teacher(pair.teacher, pair.teacher_tokenizer),
         pair.tokenizer,
         pair.task.train["prompt"][:1024],
+        kind="pca" if kind == "bridge" else "readout",
+        rank=int(options[0]) if options[:1] and options[0].isdigit() else "auto",
+        positions="all",
+        max_new_tokens=40,
+        seed=seed,
     )
     if "boundaries" not in options:
         return fitted

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -319,3 +320,8 @@ def notebook_defaults() -> None:
     pio.renderers.default = "plotly_mimetype" if under_test else "plotly_mimetype+small_png"
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")
+    if "transformers" in sys.modules:
+        # A notebook would store one progress bar per model that it loads.
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
