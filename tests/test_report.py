@@ -6,7 +6,8 @@ import shutil
 import pandas as pd
 import pytest
 
-from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, clipped, headline, lead, rollouts_html, write_report
+from oprd_nb.plots.page import clipped
+from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, headline, lead, rollouts_html, write_report
 from oprd_nb.runs import as_runs, read_settings, summary_table, synthetic_run, write_about, write_settings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
 from .outcomes import rank_cosine
-from .report import STYLE
+from .page import STYLE
 from .theme import base_figure, format_percent
 from ..runs import METHODS
 from ..utils import OKABE_ITO
