@@ -32,11 +32,11 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from .bridge.base import BridgeMetadata, ModelSpec
 from .bridge.pca import Bridge
-from .capture import backbone_of, capture_each
+from .capture import backbone_of, capture_frozen
 from .core import Positions, Rollouts
 from .models.loading import load_model, load_tokenizer
 from .models.pairs import embedded
-from .objectives.objective import loss_on_pairs, plan
+from .objectives.objective import loss_on_pairs, plan_capture
 from .objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from .objectives.representation import Representation
 from .objectives.terms import Objective, Term, as_objective
@@ -372,10 +372,10 @@ def target_bytes(shape: Shape, rank: int | None = None) -> int:
         positions=f"last:{shape.k}", bridge=None if rank is None else random_bridge(shape, rank)
     )
     teacher, rollouts = make_model(shape, 1), make_rollouts(shape)
-    wanted = plan(as_objective(term), identity_pairs(rollouts), shape.layers, shape.layers)
+    plan = plan_capture(as_objective(term), identity_pairs(rollouts), shape.layers, shape.layers)
     with torch.no_grad():
-        kept = capture_each(
-            teacher, rollouts.input_ids, rollouts.attention_mask, wanted.teacher_rows, True, wanted.keep
+        kept = capture_frozen(
+            teacher, rollouts.input_ids, rollouts.attention_mask, plan.teacher_rows, True, plan.transforms
         )
     return sum(rows.numel() * rows.element_size() for rows in kept.values())
 

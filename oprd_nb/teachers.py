@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .capture import Captured, capture_each
+from .capture import Captured, LayerKey, capture_frozen
 from .core import Rollouts
 from .models.loading import check_tokenizer
 from .pairing.positions import Pairs, pair_positions, pair_prompted
@@ -88,19 +88,18 @@ class Teacher:
     def capture(
         self,
         pairs: Pairs,
-        wanted: Mapping[int | str, Tensor],
+        rows_by_layer: Mapping[LayerKey, Tensor],
         final_norm: bool = True,
-        keep: Mapping[int | str, Callable[[Tensor], Tensor]] | None = None,
+        transforms: Mapping[LayerKey, Callable[[Tensor], Tensor]] | None = None,
     ) -> Captured:
-        """The teacher's hidden states; `wanted` maps a teacher layer to flat rows of `pairs.teacher_inputs`, `keep` as in `capture_each`."""
+        """The teacher's hidden states, from one frozen pass over `pairs.teacher_inputs`.
+
+        `rows_by_layer` maps a teacher layer to flat positions of them; `transforms` as in `capture_frozen`.
+        """
         if not self.adapters_off:
             self.model.eval()
+        inputs = pairs.teacher_inputs
         with without_adapters(self.model) if self.adapters_off else nullcontext():
-            return capture_each(
-                self.model,
-                pairs.teacher_inputs.input_ids,
-                pairs.teacher_inputs.attention_mask,
-                wanted,
-                final_norm,
-                keep,
+            return capture_frozen(
+                self.model, inputs.input_ids, inputs.attention_mask, rows_by_layer, final_norm, transforms
             )

@@ -76,7 +76,9 @@ def gradient_of(
 ) -> Float[Tensor, "parameters"]:
     """The student's gradient of one term on these prefixes, where the tokens that follow them are those of `next_ids`."""
     objective = as_objective(term)
-    loss, _ = loss_on_pairs(objective, student, teacher, rollouts, pairs, objective.counts(pairs), next_ids)
+    loss, _ = loss_on_pairs(
+        objective, student, teacher, rollouts, pairs, objective.counts(pairs), next_ids=next_ids
+    )
     weights = [p for p in student.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     return torch.cat(

@@ -31,7 +31,7 @@ from oprd_nb.bridge.readout import (
 from oprd_nb.capture import FINAL, capture_each, lm_head_of
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
-from oprd_nb.objectives.objective import combine, loss_of, plan
+from oprd_nb.objectives.objective import loss_of, loss_on_pairs
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.objectives.terms import as_objective
@@ -120,6 +120,13 @@ def readout_of(width=3, offsets=(0, 1), depth=4, d_teacher=5):
 # exact where they must be
 
 
+class BareTeacher(Teacher):
+    """A teacher that is given tokens and never text: it needs no tokenizer."""
+
+    def __post_init__(self):
+        pass
+
+
 @pytest.mark.parametrize("final_norm, layers", [(True, [1, 2]), (False, [1, 2, 3])])
 def test_a_student_that_is_its_teacher_has_its_coordinates_and_no_loss(final_norm, layers):
     """r = d, ridge = 0, float64; GPT-2 and raw states, since a LayerNorm's output has one dimension less."""
@@ -148,14 +155,8 @@ def test_a_student_that_is_its_teacher_has_its_coordinates_and_no_loss(final_nor
                 layers=layers, positions="all", distance=distance, bridge=made, final_norm=final_norm
             )
         )
-        wanted = plan(objective, pairs, 3, 3)
-        ours, theirs = (
-            capture_each(model, rollouts.input_ids, rollouts.attention_mask, rows, final_norm)
-            for rows in (wanted.student, wanted.teacher_rows)
-        )
-        loss, _ = combine(
-            objective, wanted, ours, theirs, (None, None), rollouts.input_ids, objective.counts(pairs)
-        )
+        counts = objective.counts(pairs)
+        loss, _ = loss_on_pairs(objective, model, BareTeacher(model, None), rollouts, pairs, counts)
         assert abs(loss.item()) <= 1e-10
 
 
@@ -488,11 +489,11 @@ def test_rows_without_a_map_are_not_supervised(tokens, by_offset):
         replace(by_offset.header, offsets=(0,)),
         {name: tensor[:1] for name, tensor in by_offset.tensors.items()},
     )
-    every, at_boundary = (representation(made).rows(pairs) for made in (by_offset, boundaries))
+    every, at_boundary = (representation(made).mask(pairs) for made in (by_offset, boundaries))
     assert torch.equal(at_boundary, every & (pairs.offsets == 0)) and 0 < at_boundary.sum() < every.sum()
     for made in (by_offset, boundaries, fit_bridge(*tokens.all)):
         term = representation(made)
-        rows = term.rows(pairs)
+        rows = term.mask(pairs)
         assert (
             as_objective(term).counts(pairs).item() == rows.sum()
             and torch.isin(pairs.offsets[rows], torch.tensor(made.offsets)).all()

@@ -178,7 +178,7 @@ def test_across_tokenizers_there_is_pairing_and_no_kl():
     pairs = pair_positions(rollouts, pair.tokenizer, pair.teacher_tokenizer, min_coverage=0.0)
     offsets, columns = (
         pairs.offsets[rollouts.response_mask].tolist(),
-        pairs.columns[rollouts.response_mask].tolist(),
+        pairs.teacher_positions[rollouts.response_mask].tolist(),
     )
     assert [None if pd.isna(value) else value for value in table["offset"]] == [
         offset if column >= 0 else None for offset, column in zip(offsets, columns, strict=True)
@@ -209,7 +209,7 @@ class Bytes:
 def test_characters_of_several_tokens_stand_at_the_last(text, cut):
     ids = list(text.encode())
     ids = ids[: len(ids) - cut] if cut < len(ids) else ids
-    with patch.object(scores, "token_bytes", lambda tokenizer: tokenizer.table):
+    with patch.object(scores, "vocabulary_bytes", lambda tokenizer: tokenizer.table):
         texts, unended, none = (token_texts(some, Bytes()) for some in ([*ids, 256], ids, []))
     assert len(texts) == len(ids) + 1 and "".join(texts) == bytes(ids).decode(errors="replace") + "<|end|>"
     assert "".join(unended) == bytes(ids).decode(errors="replace") and none == []

@@ -12,10 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from oprd_nb.capture import FINAL, backbone_of, blocks_of, capture_each, lm_head_of
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
-from oprd_nb.objectives.objective import combine, loss_of, plan
+from oprd_nb.objectives.distances import Target
+from oprd_nb.objectives.objective import loss_of, loss_on_pairs
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
-from oprd_nb.objectives.terms import Objective, Rows, as_objective
+from oprd_nb.objectives.terms import Objective, TermInputs, as_objective
 from oprd_nb.pairing.positions import identity_pairs
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
@@ -85,28 +86,19 @@ def rollouts():
     return Rollouts.from_ids(PROMPTS, RESPONSES, pad_token_id=2)  # the pad is the end of the turn
 
 
+class BareTeacher(Teacher):
+    """A teacher that is given tokens and never text: it needs no tokenizer."""
+
+    def __post_init__(self):
+        pass
+
+
 def loss(objective, student, teacher, rollouts, counts=None):
     """The real path from rollouts to a number, with two models that share a tokenizer."""
     objective = as_objective(objective)
     pairs = identity_pairs(rollouts)
-    wanted = plan(objective, pairs, 3, 3)
-    ours = capture_each(
-        student, rollouts.input_ids, rollouts.attention_mask, wanted.student, objective.final_norm
-    )
-    with torch.no_grad():
-        theirs = capture_each(
-            teacher, rollouts.input_ids, rollouts.attention_mask, wanted.teacher_rows, objective.final_norm
-        )
     counts = objective.counts(pairs) if counts is None else counts
-    return combine(
-        objective,
-        wanted,
-        ours,
-        theirs,
-        (lm_head_of(student), lm_head_of(teacher)),
-        rollouts.input_ids,
-        counts,
-    )[0]
+    return loss_on_pairs(objective, student, BareTeacher(teacher, None), rollouts, pairs, counts)[0]
 
 
 def chosen(term, n):
@@ -213,7 +205,7 @@ def test_gradient_by_finite_differences(term, models, rollouts):
 def projected_gradients(term, models, rollouts, draws, projections=50):
     """Gradients of the term, prefixes fixed and tokens redrawn at temperature 1, on random directions; and the exact KL gradient's."""
     student, teacher = models
-    mask = term.rows(identity_pairs(rollouts))
+    mask = term.mask(identity_pairs(rollouts))
     states = [
         capture_each(m, rollouts.input_ids, rollouts.attention_mask, {FINAL: mask})[FINAL] for m in models
     ]
@@ -232,12 +224,12 @@ def projected_gradients(term, models, rollouts, draws, projections=50):
         return directions @ torch.cat([g.flatten() for g in grads])
 
     def rows(tokens):
-        return Rows([(FINAL, FINAL)], [states[0]], [states[1].detach()], tokens, *heads)
+        return TermInputs([(FINAL, FINAL)], [states[0]], [Target.of(states[1].detach())], tokens, *heads)
 
     generator = torch.Generator().manual_seed(2)
-    exact = gradient(FullKL().per_row(rows(p.argmax(-1)))[0].sum())
+    exact = gradient(FullKL().per_position(rows(p.argmax(-1)))[0].sum())
     samples = [
-        gradient(term.per_row(rows(torch.multinomial(p, 1, generator=generator)[:, 0]))[0].sum())
+        gradient(term.per_position(rows(torch.multinomial(p, 1, generator=generator)[:, 0]))[0].sum())
         for _ in range(draws)
     ]
     return torch.stack(samples).numpy(), exact.numpy()
@@ -271,12 +263,12 @@ def test_back_propagating_the_log_ratio_would_be_caught(small_models):
     """The classic bug: the same statistic must reject the gradient of the log-ratio itself, whose expectation is zero."""
 
     class Bug(SampledTokenKL):
-        def _loss(self, student_logits, teacher_logits, tokens):
+        def of_logits(self, student_logits, teacher_logits, tokens):
             chosen = [
                 x.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
                 for x in (student_logits, teacher_logits)
             ]
-            return (chosen[0] - chosen[1],)
+            return chosen[0] - chosen[1]
 
     samples, exact = projected_gradients(Bug(), small_models, long_rollouts(), draws=500)
     assert p_value(samples, exact) < 1e-6
@@ -425,8 +417,8 @@ def test_masked_logits_keep_losses_and_gradients_finite(models, rollouts):
             heads = [lm_head_of(m) for m in models]
             plain = heads[masked]
             heads[masked] = lambda h, plain=plain: plain(h) + mask
-            value = term.per_row(
-                Rows([(FINAL, FINAL)], [states[0]], [states[1]], torch.full((6,), 7), *heads)
+            value = term.per_position(
+                TermInputs([(FINAL, FINAL)], [states[0]], [Target.of(states[1])], torch.full((6,), 7), *heads)
             )[0].sum()
             gradient = torch.autograd.grad(value, states[0])[0]
             assert torch.isfinite(value) and torch.isfinite(gradient).all(), (term, masked)
@@ -438,16 +430,16 @@ def test_top_k_without_renormalisation_pulls_even_where_the_models_agree(models)
     hidden = torch.randn(5, 32, dtype=torch.float64)
     head = lm_head_of(student)
     for k in (3, 40):
-        rows = Rows(
+        rows = TermInputs(
             [(FINAL, FINAL)],
             [hidden],
-            [hidden],
+            [Target.of(hidden)],
             torch.zeros(5, dtype=torch.long),
             head,
             lambda h: head(h).detach(),
         )
         pull = torch.autograd.grad(
-            TopKKL(k, renormalize=False).per_row(rows)[0].sum(), student.lm_head.weight
+            TopKKL(k, renormalize=False).per_position(rows)[0].sum(), student.lm_head.weight
         )[0]
         mass = torch.autograd.grad(head(hidden).softmax(-1).topk(k).values.sum(), student.lm_head.weight)[0]
         torch.testing.assert_close(pull, mass)

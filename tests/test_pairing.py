@@ -14,7 +14,7 @@ from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
 from oprd_nb.pairing.layers import pair_layers
 from oprd_nb.pairing.positions import _align, identity_pairs, pair_positions
-from oprd_nb.pairing.token_bytes import fingerprint, token_bytes
+from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -49,7 +49,7 @@ def tokenizers():
 
 def brute_force(rollouts, pairs, student_tokenizer, teacher_tokenizer):
     """For each response token: the teacher prefix that spells the longest prefix of the student's bytes, found by trying all."""
-    tables = [token_bytes(t) for t in (student_tokenizer, teacher_tokenizer)]
+    tables = [vocabulary_bytes(t) for t in (student_tokenizer, teacher_tokenizer)]
     expected = []
     for b in range(len(rollouts)):
         ours, theirs = rollouts.responses()[b], pairs.teacher_inputs.responses()[b]
@@ -132,7 +132,7 @@ def test_a_response_cut_inside_a_character(tokenizers):
     rollouts = rollouts_of(["a 😀"], student, ended=False)
     cut = Rollouts.from_ids(rollouts.prompt_ids(), [rollouts.responses()[0][:-1]], 0, rollouts.prompts)
     pairs = pair_positions(cut, student, teacher, min_coverage=0.0)
-    trusted = sum(len(token_bytes(student)[i]) for i in cut.responses()[0]) - 2
+    trusted = sum(len(vocabulary_bytes(student)[i]) for i in cut.responses()[0]) - 2
     assert (
         trusted > 0 and 0 < pairs.coverage < 1
     )  # what stands before the broken character is paired, the rest is not
@@ -169,7 +169,7 @@ def test_same_tokenizer_is_the_identity(tokenizers):
         and pairs.teacher_inputs is rollouts
         and pairs.boundary_coverage == 1.0
     )
-    assert torch.equal(identity_pairs(rollouts).columns, pairs.columns)
+    assert torch.equal(identity_pairs(rollouts).teacher_positions, pairs.teacher_positions)
 
 
 def test_fingerprints_see_merges_and_not_sizes(tokenizers):

@@ -29,7 +29,7 @@ def test_states_are_those_of_the_other_prompt_and_the_same_response(same, rollou
     pairs = teacher.read(rollouts, same.tokenizer)
     mask = Positions("all", predicting=True).mask(rollouts.response_mask)
     flat = mask.flatten().nonzero().squeeze(1)
-    rows = teacher.capture(pairs, {2: pairs.rows_beside(flat)})[2]
+    rows = teacher.capture(pairs, {2: pairs.teacher_rows_at(flat)})[2]
     at = 0
     for messages, response in zip(rollouts.prompts, rollouts.responses(), strict=True):
         prompt = encode_prompts(same.tokenizer, [longer(messages)])[0]

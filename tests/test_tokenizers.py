@@ -28,7 +28,7 @@ from oprd_nb.objectives.objective import check_vocabularies
 from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.objectives.terms import as_objective
 from oprd_nb.pairing.positions import pair_positions
-from oprd_nb.pairing.token_bytes import fingerprint, token_bytes
+from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -424,14 +424,14 @@ def check(names, texts, exact=True, cut=True):
     for b, (ids, theirs) in enumerate(zip(rollouts.responses(), inputs.responses(), strict=True)):
         tokens = rollouts.response_mask[b].nonzero().squeeze(1)
         here = torch.cat([tokens[:1] - 1, tokens])
-        columns, offsets = pairs.columns[b, here].numpy(), pairs.offsets[b, here].numpy()
+        columns, offsets = pairs.teacher_positions[b, here].numpy(), pairs.offsets[b, here].numpy()
         found = columns >= 0
         assert found[0] and offsets[0] == 0  # the last prompt position
         last = found.nonzero()[0][-1]
         assert (
             found[: last + 1].all()
             and (np.diff(columns[: last + 1]) >= 0).all()
-            and (pairs.columns[b] >= 0).sum() == found.sum()
+            and (pairs.teacher_positions[b] >= 0).sum() == found.sum()
         )
         shared = columns[found & (offsets == 0)]
         if names[0] not in ("llama-like", "unigram"):  # every student token has bytes
@@ -485,7 +485,7 @@ def test_mathematical_text_is_covered(names, request):
 
 def test_the_bytes_of_tekken_are_those_of_its_file():
     tokenizer, stored = the("tekken"), json.loads(tekken_file().read_text())
-    table, shift = token_bytes(tokenizer), stored["config"]["default_num_special_tokens"]
+    table, shift = vocabulary_bytes(tokenizer), stored["config"]["default_num_special_tokens"]
     kept = stored["vocab"][: stored["config"]["default_vocab_size"] - shift]
     assert table[:shift] == [None] * shift
     assert table[shift:] == [base64.b64decode(entry["token_bytes"]) for entry in kept]
@@ -493,7 +493,7 @@ def test_the_bytes_of_tekken_are_those_of_its_file():
 
 @pytest.mark.parametrize("name", [n for n in MAKERS if n != "wordpiece"])
 def test_bytes_of_tokens_join_to_the_text(name):
-    tokenizer, table = the(name), token_bytes(the(name))
+    tokenizer, table = the(name), vocabulary_bytes(the(name))
     text = (
         "12+34=46\n\\boxed{46}"
         if name in ("digits", "operators")
@@ -549,9 +549,9 @@ def test_fingerprints_see_what_vocabularies_hide():
 
 def test_what_is_remembered_is_forgotten_when_a_tokenizer_changes():
     tokenizer = gpt2_like(400)
-    before, known = fingerprint(tokenizer), len(token_bytes(tokenizer))
+    before, known = fingerprint(tokenizer), len(vocabulary_bytes(tokenizer))
     tokenizer.add_tokens(["\\boxed{"])
-    assert fingerprint(tokenizer) != before and token_bytes(tokenizer)[known:] == [b"\\boxed{"]
+    assert fingerprint(tokenizer) != before and vocabulary_bytes(tokenizer)[known:] == [b"\\boxed{"]
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert fingerprint(tokenizer) not in (before, fingerprint(gpt2_like(400)))
 
@@ -595,10 +595,12 @@ def test_a_normalising_teacher_is_trusted_until_it_normalises():
         ("The", ""),
     ):
         pairs, _ = one(text, student, teacher)
-        lengths = [len(token_bytes(student)[i]) for i in student(text, add_special_tokens=False)["input_ids"]]
+        lengths = [
+            len(vocabulary_bytes(student)[i]) for i in student(text, add_special_tokens=False)["input_ids"]
+        ]
         ends = np.cumsum(lengths)
         expected = int((ends <= len(trusted)).sum()) + (trusted == text)
-        assert int((pairs.columns[0, 1:] >= 0).sum()) == expected, text
+        assert int((pairs.teacher_positions[0, 1:] >= 0).sum()) == expected, text
 
 
 def test_a_lower_casing_student_is_read_as_it_wrote():
@@ -626,11 +628,12 @@ def test_a_token_of_no_bytes_shares_its_neighbours_row():
     assert llama.convert_ids_to_tokens(ids)[0] == "▁"
     pairs, _ = one(ids, llama, byte_level)
     assert (
-        pairs.offsets[0, :2].tolist() == [0, 0] and pairs.columns[0, 0] == pairs.columns[0, 1]
+        pairs.offsets[0, :2].tolist() == [0, 0]
+        and pairs.teacher_positions[0, 0] == pairs.teacher_positions[0, 1]
     )  # both have read none of the response
     both, _ = one(ids, llama, the("unigram"))
     assert (
-        both.columns[0].diff() > 0
+        both.teacher_positions[0].diff() > 0
     ).all() and both.boundary_coverage == 1.0  # two that open with such a token pair one to one
 
 
@@ -648,8 +651,8 @@ def test_added_tokens_that_swallow_spaces_end_the_trust():
     student, teacher = the("gpt2-like"), gpt2_like(500)
     teacher.add_tokens([AddedToken("<tag>", lstrip=True, rstrip=True)])
     pairs, _ = one("a sum <tag> of b", student, teacher)
-    spelled = np.cumsum([len(token_bytes(student)[i]) for i in student("a sum <tag> of b")["input_ids"]])
-    assert int((pairs.columns[0, 1:] >= 0).sum()) == int((spelled <= len("a sum")).sum())
+    spelled = np.cumsum([len(vocabulary_bytes(student)[i]) for i in student("a sum <tag> of b")["input_ids"]])
+    assert int((pairs.teacher_positions[0, 1:] >= 0).sum()) == int((spelled <= len("a sum")).sum())
     teacher = gpt2_like(500)
     teacher.add_tokens(["<tag>"])
     assert one("a sum <tag> of b", student, teacher)[0].coverage == 1.0
@@ -694,7 +697,7 @@ def test_slow_tokenizers_are_asked_for_their_bytes():
         pairs, _ = one("a sum: 12", student, teacher)
         assert not slow.is_fast and pairs.coverage == 1.0
     pairs, _ = one("ab é c", slow, byte_level)  # a byte that is not a character decodes to nothing
-    assert int((pairs.columns[0, 1:] >= 0).sum()) == len("ab ")
+    assert int((pairs.teacher_positions[0, 1:] >= 0).sum()) == len("ab ")
     assert fingerprint(slow) == fingerprint(ByT5Tokenizer()) != fingerprint(byte_level)
 
 
@@ -728,8 +731,8 @@ def test_a_gap_ends_what_the_teacher_was_shown():
     )
     pairs = paired(rollouts, student, teacher)
     assert (
-        (pairs.columns[0, : len(ids) + 1] >= 0).all()
-        and (pairs.columns[0, len(ids) + 1 :] == -1).all()
+        (pairs.teacher_positions[0, : len(ids) + 1] >= 0).all()
+        and (pairs.teacher_positions[0, len(ids) + 1 :] == -1).all()
         and pairs.coverage == 0.5
     )
 

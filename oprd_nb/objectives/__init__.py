@@ -10,16 +10,22 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "distances": ["DISTANCES"],
-        "terms": ["Term", "Objective"],
+        "terms": ["Term", "TermInputs", "Objective"],
         "representation": ["Representation"],
         "output_space": ["SampledTokenKL", "TopKKL", "FullKL"],
-        "objective": ["loss_of", "loss_on_pairs"],
+        "objective": ["TermLosses", "position_losses", "reduce_losses", "loss_of", "loss_on_pairs"],
     },
 )
 
 if TYPE_CHECKING:
     from .distances import DISTANCES as DISTANCES
-    from .terms import Term as Term, Objective as Objective
+    from .terms import Term as Term, TermInputs as TermInputs, Objective as Objective
     from .representation import Representation as Representation
     from .output_space import SampledTokenKL as SampledTokenKL, TopKKL as TopKKL, FullKL as FullKL
-    from .objective import loss_of as loss_of, loss_on_pairs as loss_on_pairs
+    from .objective import (
+        TermLosses as TermLosses,
+        loss_of as loss_of,
+        loss_on_pairs as loss_on_pairs,
+        position_losses as position_losses,
+        reduce_losses as reduce_losses,
+    )

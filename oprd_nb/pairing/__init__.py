@@ -10,12 +10,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "layers": ["pair_layers"],
-        "token_bytes": ["fingerprint", "token_bytes"],
+        "token_bytes": ["fingerprint", "vocabulary_bytes"],
         "positions": ["Pairs", "pair_positions"],
     },
 )
 
 if TYPE_CHECKING:
     from .layers import pair_layers as pair_layers
-    from .token_bytes import fingerprint as fingerprint, token_bytes as token_bytes
+    from .token_bytes import fingerprint as fingerprint, vocabulary_bytes as vocabulary_bytes
     from .positions import Pairs as Pairs, pair_positions as pair_positions

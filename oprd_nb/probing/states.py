@@ -147,9 +147,9 @@ def paired_states(
         batch = batch.to(next(student.parameters()).device)
         pairs = _pairs(teacher, batch, tokenizer)
         wanted = positions.mask(batch.response_mask)
-        rows = (wanted & (pairs.columns >= 0)).flatten().nonzero().squeeze(1)
+        rows = (wanted & pairs.paired).flatten().nonzero().squeeze(1)
         states = _states(student, batch, rows, mine, final_norm)
-        beside = teacher.capture(pairs, dict.fromkeys(theirs, pairs.rows_beside(rows)), final_norm)
+        beside = teacher.capture(pairs, dict.fromkeys(theirs, pairs.teacher_rows_at(rows)), final_norm)
         asked, paired = asked + int(wanted.sum()), paired + len(rows)
         yield PairedStates(
             states, dict(beside), layer_pairs, *_labels(batch, rows, first), pairs.offsets.flatten()[rows]

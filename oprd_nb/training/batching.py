@@ -41,11 +41,11 @@ def trim_padding(rollouts: Rollouts, index: Int[Tensor, "group"]) -> tuple[Rollo
 def trim_pairs(pairs: Pairs, index: Int[Tensor, "group"], columns: slice) -> Pairs:
     """The pairs of the rollouts `index`, whose own columns were cut to `columns`."""
     reading, theirs = trim_padding(pairs.teacher_inputs, index)
-    beside = pairs.columns[index][:, columns]
+    beside = pairs.teacher_positions[index][:, columns]
     return replace(
         pairs,
         teacher_inputs=reading,
-        columns=torch.where(beside >= 0, beside - theirs.start, beside),
+        teacher_positions=torch.where(beside >= 0, beside - theirs.start, beside),
         offsets=pairs.offsets[index][:, columns],
         response_mask=pairs.response_mask[index][:, columns],
     )
@@ -79,21 +79,12 @@ class MicroBatch:
 
     def to_batch(self) -> dict[str, Tensor]:
         """Pairs and counts as (batch, time) and 0-d tensors; the rollouts travel as TRL's own tensors."""
-        reading = self.pairs.teacher_inputs
-        tensors = {
-            "teacher_ids": reading.input_ids,
-            "teacher_mask": reading.attention_mask,
-            "teacher_response": reading.response_mask,
-            "columns": self.pairs.columns,
-            "offsets": self.pairs.offsets,
-        }
-        return tensors | {f"count_{i}": count for i, count in enumerate(self.counts)}
+        return self.pairs.to_batch() | {f"count_{i}": count for i, count in enumerate(self.counts)}
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any], rollouts: Rollouts, num_terms: int) -> "MicroBatch":
         """The inverse of `to_batch`, for `rollouts` that were permuted and cut along with `batch`."""
-        reading = Rollouts(batch["teacher_ids"], batch["teacher_mask"], batch["teacher_response"])
-        pairs = Pairs(reading, batch["columns"], batch["offsets"], rollouts.response_mask)
+        pairs = Pairs.from_batch(batch, rollouts.response_mask)
         return cls(rollouts, pairs, torch.stack([batch[f"count_{i}"] for i in range(num_terms)]))
 
     def parts(self, budget: int) -> list["MicroBatch"]:

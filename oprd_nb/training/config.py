@@ -123,7 +123,7 @@ def freeze_unused(model: nn.Module, objective: Objective | Term) -> list[str]:
     objective = as_objective(objective)
     backbone = backbone_of(model)
     blocks = blocks_of(backbone)[1]
-    read = {key for _, term in objective.terms for key, _ in term.reads(len(blocks), len(blocks))}
+    read = {key for _, term in objective.terms for key in term.student_layers(len(blocks))}
     norm_is_read = FINAL in read or (objective.final_norm and len(blocks) in read)
     deepest = len(blocks) if FINAL in read else max(read)
     unreached = [p for block in blocks[deepest:] for p in block.parameters()]
@@ -202,10 +202,10 @@ def check_terms(
     student_width = student.config.get_text_config().hidden_size
     teacher_width = teacher.model.config.get_text_config().hidden_size
     for _, term in objective.terms:
-        term.reads(num_layers_of(student), num_layers_of(teacher.model))
+        term.compared_layers(num_layers_of(student), num_layers_of(teacher.model))
         term.check(student, teacher, tokenizer)
         needs_bridge = not term.needs_head and student_width != teacher_width
-        if needs_bridge and getattr(term, "bridge", None) is None:
+        if needs_bridge and term.bridge is None:
             raise ValueError(
                 f"bridge=None: the student is {student_width} wide, the teacher {teacher_width}; "
                 "fit a bridge for this pair"

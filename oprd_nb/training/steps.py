@@ -22,10 +22,10 @@ from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler
 
-from ..capture import Captured, capture_each, lm_head_of, num_layers_of
+from ..capture import Captured
 from ..core import Rollouts, set_seed
 from ..models.loading import check_tokenizer
-from ..objectives.objective import Plan, check_vocabularies, combine, plan
+from ..objectives.objective import Losses, check_vocabularies, loss_on_pairs
 from ..objectives.terms import Objective, Term, as_objective
 from ..pairing.positions import Pairs
 from ..rollouts.prompts import Sampler
@@ -44,7 +44,7 @@ from oprd_nb.training.config import (
     freeze_unused,
     warn_about_ends,
 )
-from .diagnostics import GradientSignal, StepMetrics, averages, gathered_head
+from .diagnostics import GradientSignal, StepMetrics, averages
 from ..utils import measured
 
 # %% ../../nbs/23_training/06_steps.ipynb #bab8f6e8
@@ -124,7 +124,10 @@ class TrainerBase(DistillationTrainer):
     @torch.no_grad()
     def inside(self, wrapper: nn.Module, ask: Callable[[], Any]) -> Any:
         """`ask()`, without gradients, while `wrapper` has gathered the weights it shards."""
-        return self._forward_redirection(wrapper, self.accelerator.unwrap_model(wrapper), ask)
+        # With one argument, None: on a GPU, DDP's forward cannot take an empty call.
+        return self._forward_redirection(
+            wrapper, self.accelerator.unwrap_model(wrapper), lambda _: ask(), None
+        )
 
 # %% ../../nbs/23_training/06_steps.ipynb #00000012
 class EpochSampler(RepeatSampler):
@@ -241,60 +244,39 @@ class LossMixin(TrainerBase):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on this micro-batch, already divided by what the whole optimizer step supervises."""
-        student = self.accelerator.unwrap_model(model)
-        capture_plan = plan(
-            self.objective, inputs.pairs, num_layers_of(student), num_layers_of(self.teacher.model)
-        )
-        started = time.perf_counter()
-        teacher_states = self._ask_teacher(inputs.pairs, capture_plan)
-        self.step_metrics.add_seconds("time/teacher", time.perf_counter() - started)
-        loss, metrics = self._forward_redirection(
-            model, student, self._compare, student, inputs, capture_plan, teacher_states
+        loss, metrics = loss_on_pairs(
+            self.objective,
+            self.accelerator.unwrap_model(model),
+            self.teacher,
+            inputs.rollouts,
+            inputs.pairs,
+            inputs.counts,
+            run_teacher=self._run_teacher,
+            run_student=partial(self._run_student, model),
         )
         for name, (total, number) in metrics.items():
             self.step_metrics.add(name, total, number)
         return (loss, None) if return_outputs else loss
 
-    def _ask_teacher(self, pairs: Pairs, capture_plan: Plan) -> Captured:
-        """The teacher's hidden states, through its wrapper, if any.
+    def _run_teacher(self, ask: Callable[[], Captured]) -> Captured:
+        """The teacher's pass, through its wrapper, if any; timed.
 
         A teacher that is the student's base is asked through the student's wrapper.
         """
-        ask = partial(
-            self.teacher.capture,
-            pairs,
-            capture_plan.teacher_rows,
-            self.objective.final_norm,
-            capture_plan.keep,
-        )
+        started = time.perf_counter()
         wrapper = self.model_wrapped if self.teacher.adapters_off else self.teacher_model
         if wrapper is self.teacher.model and not self.is_fsdp_enabled:
-            return ask()
-        return self.inside(wrapper, ask)
+            states = ask()
+        else:
+            states = self.inside(wrapper, ask)
+        self.step_metrics.add_seconds("time/teacher", time.perf_counter() - started)
+        return states
 
-    def _compare(
-        self, student: nn.Module, inputs: MicroBatch, capture_plan: Plan, teacher_states: Captured
-    ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]]]:
-        """The student's pass and the objective; called inside the student's wrapper."""
-        rollouts = inputs.rollouts
-        student_states = capture_each(
-            student,
-            rollouts.input_ids,
-            rollouts.attention_mask,
-            capture_plan.student,
-            self.objective.final_norm,
-        )
-        head_of = gathered_head if self.objective.needs_head else lm_head_of
-        heads = (head_of(student), head_of(self.teacher.model))
-        return combine(
-            self.objective,
-            capture_plan,
-            student_states,
-            teacher_states,
-            heads,
-            rollouts.input_ids,
-            inputs.counts,
-        )
+    def _run_student(self, model: nn.Module, ask: Callable[[], list[Losses]]) -> list[Losses]:
+        """The student's pass and the terms, inside the student's wrapper."""
+        student = self.accelerator.unwrap_model(model)
+        # With one argument, None: on a GPU, DDP's forward cannot take an empty call.
+        return self._forward_redirection(model, student, lambda _: ask(), None)
 
 # %% ../../nbs/23_training/06_steps.ipynb #00000018
 class StepMixin(TrainerBase):
