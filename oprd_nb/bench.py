@@ -43,8 +43,7 @@ from .objectives.terms import Objective, Term, as_objective
 from .pairing.layers import pair_layers
 from .pairing.positions import identity_pairs
 from .plots.theme import base_figure, format_bytes
-from .rollouts.prompts import Sampler
-from .rollouts.samplers import HFSampler
+from .rollouts.samplers import HFSampler, Sampler
 from .rollouts.vllm import VLLMSampler
 from .runs import method_style
 from .teachers import Teacher

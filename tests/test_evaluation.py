@@ -1,8 +1,9 @@
-"""Metrics against brute force, intervals against the truth they claim to hold, and evaluations that survive being cut off."""
+"""Metrics against brute force, intervals against the truth, and evaluations that survive being cut off."""
 
 import itertools
 import math
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from oprd_nb.core import Rollouts
-from oprd_nb.evaluation.compare import LATEX_NOTE, compare, export_table, paired_table
+from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, paired_table
 from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, maj_at_k
-from oprd_nb.evaluation.sampling import Evaluation, evaluate, weights_mark
-from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.evaluation.sampling import Evaluation, evaluate, stored_rollouts, weights_mark
+from oprd_nb.rollouts.samplers import HFSampler, logprob_gap
 from oprd_nb.tasks.problems import Task, arithmetic
 from oprd_nb.utils import bootstrap_interval
 
@@ -45,10 +46,14 @@ class Letters:
 class Scripted:
     """A sampler that says what `speak(prompt, sample, rng)` says; it can be told to fail at a call."""
 
-    tokenizer, eos_token_ids, batch_size = Letters(), [0], 8
+    tokenizer = Letters()
+    eos_token_ids = [0]
 
     def __init__(self, speak, fails_at=None):
-        self.speak, self.fails_at, self.calls, self.asked = speak, fails_at, 0, []
+        self.speak = speak
+        self.fails_at = fails_at
+        self.calls = 0
+        self.asked = []
 
     def sample(self, prompts, n=1, temperature=1.0, max_new_tokens=64, seed=0):
         self.calls += 1
@@ -60,10 +65,11 @@ class Scripted:
         spoken = [
             [*map(ord, self.speak(text, i, rng)), 0][:max_new_tokens] for text in texts for i in range(n)
         ]
-        return Rollouts.from_ids([[1]] * len(spoken), spoken, 0)
+        log_probs = [[-1.0] * len(ids) for ids in spoken]
+        return Rollouts.from_ids([[1]] * len(spoken), spoken, 0, log_probs=log_probs)
 
-    def log_probs(self, rollouts):
-        return -rollouts.response_lengths.double()
+    def sync(self, student):
+        pass
 
 
 def questions(count, name="letters"):
@@ -87,7 +93,7 @@ def skill(chance):
 
 
 def quiet(sampler, task, **options):
-    return evaluate(sampler, task, progress=False, **options)
+    return evaluate(sampler, task, progress=False, **({"batch_size": 8} | options))
 
 
 # ---- metrics
@@ -110,7 +116,7 @@ def test_every_metric_of_the_fixture_by_hand():
         "solve_none": 1 / 6,
         "solve_all": 1 / 6,
     }
-    # of seven words, four 4-grams a response: six-word tails differ only in the last; "I do not know the answer" has three
+    # Seven words have four 4-grams, of which only the last holds the answer; six words have three.
     grams = [(4 + 1) / 16, (4 + 2) / 16, (4 + 3) / 15, (4 + 1) / 16, (4 + 1) / 16, (3 + 4) / 13]
     expected["dist4"] = sum(grams) / 6
     boxed, unboxed = len("I think that the answer is \\boxed{7}") + 1, len("I do not know the answer") + 1
@@ -311,10 +317,9 @@ def test_it_goes_on_with_another_batch_size(tmp_path):
     sampler = Scripted(skill(0.5), fails_at=3)
     with pytest.raises(ConnectionError):
         quiet(sampler, questions(17), n=4, path=tmp_path / "a.parquet")
-    sampler.batch_size = 20
-    assert len(quiet(sampler, questions(17), n=4, path=tmp_path / "a.parquet").samples) == 68 and sorted(
-        map(int, sampler.asked)
-    ) == list(range(17))
+    result = quiet(sampler, questions(17), n=4, path=tmp_path / "a.parquet", batch_size=20)
+    assert len(result.samples) == 68
+    assert sorted(map(int, sampler.asked)) == list(range(17))
 
 
 @pytest.mark.parametrize("change", [dict(n=2), dict(temperature=1.0), dict(seed=1), dict(max_new_tokens=9)])
@@ -337,13 +342,13 @@ def test_other_settings_are_refused(tmp_path, change, fails_at):
 
 def test_another_model_is_refused(tmp_path):
     sampler = Scripted(skill(0.5))
-    sampler.model = torch.nn.Linear(4, 4)
-    quiet(sampler, questions(5), n=1, path=tmp_path / "a.parquet")
-    mark = weights_mark(sampler.model)
-    torch.nn.init.zeros_(sampler.model.bias)
-    assert weights_mark(sampler.model) != mark
+    model = torch.nn.Linear(4, 4)
+    mark = weights_mark(model)
+    quiet(sampler, questions(5), n=1, path=tmp_path / "a.parquet", weights=mark)
+    torch.nn.init.zeros_(model.bias)
+    assert weights_mark(model) != mark
     with pytest.raises(ValueError, match="weights="):
-        quiet(sampler, questions(5), n=1, path=tmp_path / "a.parquet")
+        quiet(sampler, questions(5), n=1, path=tmp_path / "a.parquet", weights=weights_mark(model))
 
 
 def test_a_torn_file_is_refused_in_one_line(tmp_path):
@@ -629,12 +634,33 @@ def test_single_runs_and_empty_tables():
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 20))
 def test_every_problem_is_asked_once_whatever_the_batch(count, n, batch):
     sampler = Scripted(skill(0.5))
-    sampler.batch_size = batch
-    result = quiet(sampler, questions(count), n=n)
+    result = quiet(sampler, questions(count), n=n, batch_size=batch)
     assert sampler.asked == [str(i) for i in range(count)] and len(result.samples) == count * n
 
 
-def test_a_sampler_needs_only_its_three_members():
+def test_a_sampler_needs_no_log_probabilities():
     base = Scripted(says)
-    bare = SimpleNamespace(sample=base.sample, tokenizer=base.tokenizer, eos_token_ids=base.eos_token_ids)
-    assert quiet(bare, questions(6), n=4).samples["log_prob"].isna().all()
+
+    def sample(*args, **options):
+        return replace(base.sample(*args, **options), log_probs=None)
+
+    bare = SimpleNamespace(sample=sample, tokenizer=base.tokenizer, eos_token_ids=base.eos_token_ids)
+    samples = quiet(bare, questions(6), n=4).samples
+    assert samples["log_prob"].isna().all()
+    assert "token_log_probs" not in samples
+
+
+def test_samples_come_back_as_rollouts(same, tmp_path):
+    problems = same.task.test.select(range(3))
+    sampler = HFSampler(same.student, same.tokenizer)
+    options = dict(n=2, max_new_tokens=12, batch_size=4, progress=False, seed=3)
+    evaluate(sampler, problems, path=tmp_path / "a.parquet", **options)
+    result = Evaluation.load(tmp_path / "a.parquet")
+    assert result.settings["set"] == "problems"
+    rollouts = result.rollouts(problems["prompt"], same.tokenizer)
+    assert rollouts.responses() == [list(ids) for ids in result.samples["token_ids"]]
+    assert rollouts.prompts == [messages for messages in problems["prompt"] for _ in range(2)]
+    assert rollouts.log_probs.sum(1).tolist() == pytest.approx(result.samples["log_prob"].tolist())
+    assert logprob_gap(same.student, rollouts) < 1e-5
+    with pytest.raises(ValueError, match="token_ids"):
+        stored_rollouts(result.samples.drop(columns="token_ids"), problems["prompt"], same.tokenizer)

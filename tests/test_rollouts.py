@@ -1,13 +1,18 @@
 """Samplers: what they promise to every caller."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_qwen3
+from peft import LoraConfig, get_peft_model
+from scipy import stats
 
 from oprd_nb.core import Rollouts
 from oprd_nb.models.loading import end_tokens, load_model
+from oprd_nb.models.pairs import embedded
 from oprd_nb.rollouts.prompts import encode_prompts
-from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
+from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler, logprob_gap, response_log_probs
 
 
 def test_batches_change_neither_order_nor_greedy_answers(same):
@@ -43,11 +48,7 @@ def test_every_declared_end_of_turn_ends_a_response(same):
 
 
 def test_sampled_frequencies_are_the_models():
-    """Temperature 1 without filters: the first token's frequencies match the model's distribution (chi-squared)."""
-    from scipy import stats
-
-    from oprd_nb.models.pairs import embedded
-
+    """Temperature 1 without filters: the first token follows the model's distribution (chi-squared)."""
     pair = embedded("same")
     model = tiny_qwen3(vocab_size=21)
     prompt = [4, 7, 9]
@@ -83,6 +84,73 @@ def test_no_prompts_and_no_template(same):
     same.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode_prompts(same.tokenizer, same.task.test["prompt"][:1])
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5, 1.0])
+@pytest.mark.parametrize("n", [1, 3])
+def test_recorded_log_probabilities_are_those_of_the_weights(same, temperature, n):
+    """Prompts of several lengths (padded), responses that end early or not at all, several batches."""
+    encoded = encode_prompts(same.tokenizer, same.task.test["prompt"][:5])
+    prompts = [[7] * i + ids for i, ids in enumerate(encoded)]
+    sampler = HFSampler(same.student, same.tokenizer, batch_size=4)
+    # The greedy responses have 25 or 26 tokens, so that 25 truncates some and lets others end.
+    rollouts = sampler.sample(prompts, n=n, temperature=temperature, max_new_tokens=25, seed=5)
+    assert 0 < rollouts.truncated(sampler.eos_token_ids).sum() < len(rollouts)
+    torch.testing.assert_close(
+        rollouts.log_probs, response_log_probs(same.student, rollouts), atol=1e-5, rtol=1e-5
+    )
+    assert (rollouts.log_probs[rollouts.response_mask] < 0).any()
+    assert (rollouts.log_probs[~rollouts.response_mask] == 0).all()
+
+
+def test_log_probabilities_of_a_student_with_adapters(same):
+    student = get_peft_model(
+        same.student, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    rollouts = HFSampler(student, same.tokenizer).sample(same.task.test["prompt"][:3], max_new_tokens=9)
+    torch.testing.assert_close(
+        rollouts.log_probs, response_log_probs(student, rollouts), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_log_probabilities_stand_at_the_token_s_own_column(same):
+    """Padded on the right as on the left, and equal to the naive version from all logits."""
+    prompts = [[4, 7, 9], [4, 8]]
+    responses = [[11, 2], [9, 10, 12]]
+    for side in ("left", "right"):
+        rollouts = Rollouts.from_ids(prompts, responses, 0, side=side)
+        table = response_log_probs(same.student, rollouts, batch_size=1)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            logits = same.student(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            naive = [logits[len(prompt) + j - 1, token] for j, token in enumerate(response)]
+            torch.testing.assert_close(
+                table[i][rollouts.response_mask[i]], torch.stack(naive).detach(), atol=1e-5, rtol=1e-5
+            )
+        assert (table[~rollouts.response_mask] == 0).all()
+
+
+def test_the_gap_is_a_mean_over_response_tokens(same):
+    rollouts = Rollouts.from_ids([[4, 7], [4]], [[9], [10, 11, 2]], 0)
+    with pytest.raises(ValueError, match="log_probs"):
+        logprob_gap(same.student, rollouts)
+    log_probs = response_log_probs(same.student, rollouts)
+    shifted = torch.where(rollouts.response_mask, log_probs + 0.5, 0.0)
+    shifted[0] = log_probs[0]
+    assert logprob_gap(same.student, replace(rollouts, log_probs=shifted)) == pytest.approx(0.5 * 3 / 4)
+
+
+def test_replay_gives_back_stored_log_probabilities(same):
+    log_probs = [[-1.0], [-2.0, -3.0]]
+    stored = Rollouts.from_ids([[5, 6], [7]], [[8], [10, 11]], 0, log_probs=log_probs)
+    replay = ReplaySampler(stored, same.tokenizer)
+    again = replay.sample([[7], [5, 6]], max_new_tokens=2)
+    assert [row[mask].tolist() for row, mask in zip(again.log_probs, again.response_mask, strict=True)] == [
+        [-2.0, -3.0],
+        [-1.0],
+    ]
+    assert replay.sample([[7]], max_new_tokens=1).log_probs.tolist() == [[0.0, -2.0]]
+    without = ReplaySampler(replace(stored, log_probs=None), same.tokenizer)
+    assert without.sample([[7]]).log_probs is None
 
 
 def test_replay_returns_stored_responses_in_turn(same):

@@ -366,8 +366,8 @@ def test_a_fully_truncated_batch_trains(same, tmp_path):
 
 def test_an_empty_response_is_named(same, tmp_path):
     class Silent(HFSampler):
-        def _generate(self, prompts):
-            return [[] for _ in prompts]
+        def _generate(self, model, prompts):
+            return [([], []) for _ in prompts]
 
     with pytest.raises(ValueError, match=r"response_ids\[0\] is empty"):
         train(tmp_path, same, FullKL(), Silent(same.student, same.tokenizer), per_device_train_batch_size=4)

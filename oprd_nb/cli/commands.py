@@ -29,16 +29,15 @@ from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge, load_bridge
 from ..core import Rollouts, set_seed
 from ..diagnosis import ProbeArguments, probe
-from ..evaluation.compare import export_table, paired_table
-from ..evaluation.sampling import Evaluation, evaluate
+from ..evaluation.comparison import export_table, paired_table
+from ..evaluation.sampling import Evaluation, evaluate, weights_mark
 from ..models.loading import load_model, load_tokenizer
 from ..models.pairs import ModelPair, embedded
 from ..objectives.representation import Representation
 from ..objectives.terms import Objective, as_objective
 from ..plots.bridge_page import BridgeArguments, fit_for, make_bridge, sentence
 from ..plots.report import write_report
-from ..rollouts.prompts import Sampler
-from ..rollouts.samplers import HFSampler, ReplaySampler
+from ..rollouts.samplers import HFSampler, ReplaySampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..runs import method_style
 from ..tasks.problems import Task, load_task
@@ -357,6 +356,9 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     """Distil into `--output_dir`; with `--then`, go on from that student with a second method, into the folder `<output_dir>-then-<method>`."""
     check_methods(args)
     config.resume_from_checkpoint = config.resume_from_checkpoint or args.resume or None
+    if args.replay and config.logprob_tolerance is None:
+        # The text is not the present student's, on purpose: the gap is logged and stops nothing.
+        config.logprob_tolerance = float("inf")
     task = training_prompts(args)
     lora = (
         LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear") if args.lora else None
@@ -427,19 +429,24 @@ def evaluate_models(args: EvalArguments) -> None:
     loaded = {name: (load_model(name, dtype=args.dtype), load_tokenizer(name)) for name in args.models}
     results = {}
     for name, (model, tokenizer) in loaded.items():
-        engine = VLLMSampler if args.sampler == "vllm" else HFSampler
-        sampler = engine(model, tokenizer, batch_size=args.batch_size)
+        if args.sampler == "vllm":
+            sampler = VLLMSampler(model, tokenizer)
+        else:
+            sampler = HFSampler(model, tokenizer, batch_size=args.batch_size)
         path = Path(args.out) / f"{name.strip('/').replace('/', '--')}--{task.name}.parquet"
         results[name] = evaluate(
             sampler,
-            Task(task.name, train=None, test=test),
+            test,
             n=args.samples,
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
             seed=args.seed,
             path=path,
+            name=task.name,
+            weights=weights_mark(model),
+            batch_size=args.batch_size,
         )
-        if isinstance(sampler, VLLMSampler):
+        if args.sampler == "vllm":
             sampler.close()
     table = paired_table(results, outside=args.outside)
     print(table)

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "metrics": ["avg_at_k", "best_at_k", "maj_at_k", "distinct_n"],
         "sampling": ["Evaluation", "evaluate"],
-        "compare": ["compare", "paired_table"],
+        "comparison": ["compare", "paired_table"],
     },
 )
 
@@ -23,4 +23,4 @@ if TYPE_CHECKING:
         distinct_n as distinct_n,
     )
     from .sampling import Evaluation as Evaluation, evaluate as evaluate
-    from .compare import compare as compare, paired_table as paired_table
+    from .comparison import compare as compare, paired_table as paired_table

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
-from ..evaluation.sampling import Evaluation, evaluate
+from ..evaluation.sampling import Evaluation, evaluate, weights_mark
 from ..explore.scores import save_tokens, score_samples
 from ..models.pairs import ModelPair
 from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
@@ -108,6 +108,7 @@ def distil(
             seed=args.seed,
             path=folder / "eval" / f"{when}.parquet" if first else None,
             progress=first and not args.disable_tqdm,
+            weights=weights_mark(trainer.model),
         )
         if alone:
             save_tokens(

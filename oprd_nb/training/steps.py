@@ -28,8 +28,7 @@ from ..models.loading import check_tokenizer
 from ..objectives.objective import Losses, check_vocabularies, loss_on_pairs
 from ..objectives.terms import Objective, Term, as_objective
 from ..pairing.positions import Pairs
-from ..rollouts.prompts import Sampler
-from ..rollouts.samplers import logprob_gap
+from ..rollouts.samplers import Sampler, logprob_gap
 from ..teachers import Teacher
 from .batching import MicroBatch
 from .callbacks import ProgressBar, RunFolder, check_writable, log_safely
@@ -42,6 +41,7 @@ from oprd_nb.training.config import (
     check_trl,
     described,
     freeze_unused,
+    logprob_tolerance_of,
     warn_about_ends,
 )
 from .diagnostics import GradientSignal, StepMetrics, averages
@@ -190,8 +190,11 @@ class RolloutMixin(TrainerBase):
             max_new_tokens=self.max_completion_length,
             seed=self._rollout_seed(),
         )
-        if scored := getattr(self.sampler, "scored", None):
-            self._check_sampler(self.inside(self.model_wrapped, partial(logprob_gap, student, *scored)))
+        if rollouts.log_probs is not None:
+            # Four responses show an engine with other weights as well as all of them, in a short pass.
+            first = rollouts.select(list(range(min(4, len(rollouts)))))
+            gap = self.inside(self.model_wrapped, partial(logprob_gap, student, first))
+            self._check_sampler(gap, logprob_tolerance_of(student, self.args))
         return rollouts.responses()
 
     def _rollout_seed(self) -> int:
@@ -199,17 +202,18 @@ class RolloutMixin(TrainerBase):
         number = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         return (self.args.seed * 1_000_003 + number) % 2**32
 
-    def _check_sampler(self, gap: float) -> None:
-        """Log how far an engine's log-probabilities are from the student's.
+    def _check_sampler(self, gap: float, tolerance: float) -> None:
+        """Log how far a sampler's log-probabilities are from the student's.
 
         RuntimeError where that is more than rounding.
         """
         self.step_metrics.add("sampler/logprob_gap", gap)
-        if not gap <= self.sampler.tolerance:
+        if not gap <= tolerance:
             raise RuntimeError(
                 f"sampler/logprob_gap={gap:.2g} nats per token at step {self.state.global_step}, "
-                f"tolerance={self.sampler.tolerance:g}: the engine does not use the student's weights, or another "
-                "precision; see that sync reaches it, or start it with the student's dtype (or a larger tolerance)"
+                f"logprob_tolerance={tolerance:g}: the sampler does not use the student's weights, or another "
+                "precision; see that sync reaches it, start it with the student's dtype, or set a larger "
+                "logprob_tolerance (inf where stored responses are replayed)"
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
