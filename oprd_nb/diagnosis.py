@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .capture import num_layers_of
 from .core import Layers, Positions, Rollouts
-from .explore.layers import cka_map, layer_curve, layer_map, rank_figure
+from .explore.figures import cka_map, layer_curve, layer_map, rank_figure
 from .models.loading import load_model, load_tokenizer
 from .plots.outcomes import position_cosine, rank_cosine
 from oprd_nb.probing.similarity import (

@@ -12,16 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_explore import CHROMIUM, opened
 
-from oprd_nb.explore.dashboard import (
+from oprd_nb.explore.dashboard import RunDashboard, state_html
+from oprd_nb.explore.watching import (
     PANELS,
     MetricsTail,
-    RunDashboard,
-    Watched,
+    WatchedRun,
     all_figures,
-    dashes_of,
     has_data,
     panel_figure,
-    state_html,
+    run_dashes,
 )
 from oprd_nb.runs import METHODS, read_metrics, synthetic_metrics, synthetic_run
 
@@ -92,7 +91,7 @@ def test_a_damaged_line_is_named(tmp_path):
 @pytest.fixture
 def runs(tmp_path):
     watched = [
-        Watched(synthetic_run(tmp_path / f"{method}-{seed}", method, seed, steps=60, problems=20))
+        WatchedRun(synthetic_run(tmp_path / f"{method}-{seed}", method, seed, steps=60, problems=20))
         for method in ("oprd", "opd-full")
         for seed in (0, 1)
     ]
@@ -106,7 +105,7 @@ def test_runs_keep_their_methods_colour_and_differ_by_dash(runs):
     assert [line.line.color for line in lines] == [
         METHODS[m].colour for m in ("oprd", "oprd", "opd-full", "opd-full")
     ]
-    assert [line.line.dash for line in lines] == dashes_of(runs) == ["solid", "dash", "solid", "dash"]
+    assert [line.line.dash for line in lines] == run_dashes(runs) == ["solid", "dash", "solid", "dash"]
     assert np.allclose(fig.data[0].y, runs[0].table["loss"], atol=1e-6)
 
 
@@ -135,7 +134,9 @@ def test_metrics_that_nobody_logged_leave_their_panel_away(tmp_path):
 
 
 def test_names_cannot_become_markup(tmp_path):
-    run = Watched(synthetic_run(tmp_path / "<b>x", "oprd", steps=3, problems=4, about={"label": "<script>"}))
+    run = WatchedRun(
+        synthetic_run(tmp_path / "<b>x", "oprd", steps=3, problems=4, about={"label": "<script>"})
+    )
     run.refresh()
     page = state_html([run], trouble="<img>")
     assert "<b>" not in page and "<script>" not in page and "<img>" not in page

@@ -17,9 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from oprd_nb.explore.layers import (
-    LayerExplorer,
-    RankExplorer,
+from oprd_nb.explore.figures import (
     cka_map,
     error_shares,
     layer_axis,
@@ -28,9 +26,9 @@ from oprd_nb.explore.layers import (
     position_curve,
     probe_curve,
     rank_figure,
-    redraw,
     visible,
 )
+from oprd_nb.explore.layers import LayerExplorer, RankExplorer, redraw
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -17,11 +17,19 @@ from hypothesis import strategies as st
 from test_explore import CHROMIUM, opened
 
 from oprd_nb.core import Rollouts
+from oprd_nb.evaluation.sampling import stored_rollouts
 from oprd_nb.explore import scores
-from oprd_nb.explore.rollouts import (
+from oprd_nb.explore.rollouts import RolloutBrowser, answers_of
+from oprd_nb.explore.scores import (
+    chosen_samples,
+    load_tokens,
+    save_tokens,
+    score_samples,
+    score_tokens,
+    token_texts,
+)
+from oprd_nb.explore.tokens import (
     SCORES,
-    RolloutBrowser,
-    answers_of,
     blend,
     colour_of,
     legend_html,
@@ -30,15 +38,6 @@ from oprd_nb.explore.rollouts import (
     text_html,
     token_figure,
     token_html,
-)
-from oprd_nb.explore.scores import (
-    load_tokens,
-    save_tokens,
-    score_samples,
-    score_tokens,
-    stored_rollouts,
-    to_read,
-    token_texts,
 )
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.representation import Representation
@@ -217,11 +216,11 @@ def test_characters_of_several_tokens_stand_at_the_last(text, cut):
 
 def test_only_the_first_samples_are_read_and_evenly():
     samples = pd.DataFrame({"problem": np.repeat(np.arange(100), 3), "sample": [2, 0, 1] * 100})
-    chosen = to_read(samples, 5)
+    chosen = chosen_samples(samples, 5)
     assert (
         chosen["problem"].tolist() == [0, 25, 50, 74, 99]
         and chosen["sample"].eq(0).all()
-        and len(to_read(samples, 1000)) == 100
+        and len(chosen_samples(samples, 1000)) == 100
     )
 
 
@@ -363,7 +362,7 @@ def run_with_tokens(folder, problems=12, evil=False):
             prompt=EVIL if evil else samples["prompt"],
             answer=EVIL if evil else samples["answer"],
         ).to_parquet(path, index=False)
-        save_tokens(scored(to_read(pd.read_parquet(path), 8), seed), folder, name)
+        save_tokens(scored(chosen_samples(pd.read_parquet(path), 8), seed), folder, name)
     return folder
 
 
@@ -496,7 +495,7 @@ def test_a_large_run_opens_at_once(tmp_path):
         samples = pd.read_parquet(folder / "eval" / f"{name}.parquet")
         samples["response"] = [f"{i} " + "so it follows " * 107 for i in range(20_000)]
         samples.assign(tokens=1500).to_parquet(folder / "eval" / f"{name}.parquet", index=False)
-        save_tokens(scored(to_read(samples).assign(response="x" * 1500), 0), folder, name)
+        save_tokens(scored(chosen_samples(samples).assign(response="x" * 1500), 0), folder, name)
     start = time.perf_counter()
     browser = RolloutBrowser(folder)
     seconds = time.perf_counter() - start
