@@ -1,4 +1,4 @@
-"""The three theorems: exact sums beside estimates, what a head cannot see, and E(r) as the distance it is."""
+"""The three theorems: estimates against exact sums, what a head cannot see, E(r) as a distance."""
 
 import copy
 
@@ -45,10 +45,8 @@ def rollouts(pair):
 
 def test_estimates_are_unbiased_and_exact_where_draws_agree():
     set_seed(0)
-    draws = torch.tensor(
-        [signal_and_noise(1 + 2 * torch.randn(10) for _ in range(5)) for _ in range(2000)]
-    ).mean(0)
-    assert draws.tolist() == pytest.approx([10, 40], rel=0.1)
+    estimates = [signal_and_noise(1 + 2 * torch.randn(10) for _ in range(5)) for _ in range(2000)]
+    assert torch.tensor(estimates).mean(0).tolist() == pytest.approx([10, 40], rel=0.1)
     assert signal_and_noise([torch.tensor([3.0, 4.0])] * 2) == (25.0, 0.0)
     with pytest.raises(ValueError, match="1 of them"):
         signal_and_noise([torch.ones(3)])
@@ -57,19 +55,16 @@ def test_estimates_are_unbiased_and_exact_where_draws_agree():
 def test_redrawn_tokens_leave_prompts_and_pads_alone(pair, rollouts):
     ids = resample_next_tokens(pair.student, rollouts, draws=40, seed=0)
     assert ids.shape == (40, *rollouts.input_ids.shape)
-    assert (ids[:, ~rollouts.response_mask] == rollouts.input_ids[~rollouts.response_mask]).all() and (
-        ids[:, rollouts.response_mask].float().std(0) > 0
-    ).any()
+    elsewhere = ~rollouts.response_mask
+    assert (ids[:, elsewhere] == rollouts.input_ids[elsewhere]).all()
+    assert (ids[:, rollouts.response_mask].float().std(0) > 0).any()
     with torch.no_grad():
         p = pair.student(rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits.softmax(-1)
-    many, (row, column) = (
-        resample_next_tokens(pair.student, rollouts, 4000, seed=1),
-        rollouts.response_mask.nonzero()[-1].tolist(),
-    )
-    counted = torch.bincount(many[:, row, column], minlength=p.shape[-1]) / 4000
-    assert (counted - p[row, column - 1]).abs().max() < 0.03, (
-        "drawn from the distribution that predicts the token"
-    )
+    many = resample_next_tokens(pair.student, rollouts, 4000, seed=1)
+    response, column = rollouts.response_mask.nonzero()[-1].tolist()
+    counted = torch.bincount(many[:, response, column], minlength=p.shape[-1]) / 4000
+    predicting = p[response, column - 1]
+    assert (counted - predicting).abs().max() < 0.03, "drawn from the distribution that predicts the token"
 
 
 def test_only_the_sampled_token_is_noisy(pair, rollouts):
@@ -82,87 +77,72 @@ def test_only_the_sampled_token_is_noisy(pair, rollouts):
     }
     table = gradient_noise(pair.student, teacher, rollouts, pair.tokenizer, terms, shares=(1, 0.5), draws=3)
     noise = table.groupby("term").noise.max()
-    assert (
-        noise["sampled"] > 0
-        and (noise.drop("sampled") == 0).all()
-        and (table[table.term != "sampled"].signal > 0).all()
-    )
-    assert (
-        table.divergence.iloc[0] == pytest.approx(symmetric_kl(pair.student, pair.teacher, rollouts))
-        and len(table) == 8
-    )
+    assert noise["sampled"] > 0 and (noise.drop("sampled") == 0).all()
+    assert (table[table.term != "sampled"].signal > 0).all()
+    distance = symmetric_kl(pair.student, pair.teacher, rollouts)
+    assert table.divergence.iloc[0] == pytest.approx(distance) and len(table) == 8
     fig = noise_figure(table)
-    assert [trace.name for trace in fig.data] == [
-        "sampled",
-        "sampled",
-        "full: no noise",
-        "rep: no noise",
-        "half: no noise",
-    ] and fig.layout.xaxis.type == fig.layout.yaxis.type == "log"
+    names = ["sampled", "sampled", "full: no noise", "rep: no noise", "half: no noise"]
+    assert [trace.name for trace in fig.data] == names
+    assert fig.layout.xaxis.type == fig.layout.yaxis.type == "log"
     assert len({trace.line.color for trace in fig.data}) == 4 and fig.data[1].line.dash == "dot"
 
 
-def test_the_ends_of_the_path_are_the_two_models(pair, rollouts):
-    assert symmetric_kl(
-        interpolate_weights(pair.student, pair.teacher, 0.0), pair.teacher, rollouts
-    ) == pytest.approx(0, abs=1e-8)
-    same = interpolate_weights(pair.student, pair.teacher, 1.0).state_dict()
-    assert all(torch.equal(w, same[name]) for name, w in pair.student.state_dict().items())
-    tied = [
-        AutoModelForCausalLM.from_config(
-            Qwen3Config(
-                vocab_size=16,
-                hidden_size=8,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=1,
-                num_key_value_heads=1,
-                head_dim=8,
-                tie_word_embeddings=True,
-            )
-        )
-        for _ in range(2)
-    ]
-    middle = interpolate_weights(*tied, 0.25)
-    assert middle.lm_head.weight is middle.model.embed_tokens.weight and torch.allclose(
-        middle.lm_head.weight, 0.25 * tied[0].lm_head.weight + 0.75 * tied[1].lm_head.weight
+def tiny_tied_model():
+    config = Qwen3Config(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
     )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_the_ends_of_the_path_are_the_two_models(pair, rollouts):
+    at_teacher = interpolate_weights(pair.student, pair.teacher, 0.0)
+    assert symmetric_kl(at_teacher, pair.teacher, rollouts) == pytest.approx(0, abs=1e-8)
+    at_student = interpolate_weights(pair.student, pair.teacher, 1.0).state_dict()
+    assert all(torch.equal(w, at_student[name]) for name, w in pair.student.state_dict().items())
+
+
+def test_a_path_keeps_embeddings_tied():
+    first = tiny_tied_model()
+    second = tiny_tied_model()
+    middle = interpolate_weights(first, second, 0.25)
+    assert middle.lm_head.weight is middle.model.embed_tokens.weight
+    expected = 0.25 * first.lm_head.weight + 0.75 * second.lm_head.weight
+    assert torch.allclose(middle.lm_head.weight, expected)
+
+
+def test_models_without_a_path_are_refused(rollouts):
     wide = embedded("cross_architecture")
     with pytest.raises(ValueError, match="one architecture"):
         interpolate_weights(wide.student, wide.teacher, 0.5)
     other = embedded("cross_tokenizer")
+    teacher = Teacher(other.teacher, other.teacher_tokenizer)
     with pytest.raises(ValueError, match="tokenizers"):
-        gradient_noise(
-            other.student,
-            Teacher(other.teacher, other.teacher_tokenizer),
-            rollouts,
-            other.tokenizer,
-            {"full": FullKL()},
-        )
+        gradient_noise(other.student, teacher, rollouts, other.tokenizer, {"full": FullKL()})
 
 
 def test_a_power_is_found():
     delta = torch.logspace(-6, 0, 7).numpy()
-    assert fit_power_law(
-        pd.DataFrame({"divergence": delta, "noise": 3 * delta**1.5}), "noise"
-    ) == pytest.approx(1.5)
+    table = pd.DataFrame({"divergence": delta, "noise": 3 * delta**1.5})
+    assert fit_power_law(table, "noise") == pytest.approx(1.5)
 
 
 def test_a_head_is_blind_to_its_null_space(pair):
     table = head_blindness(pair.student, torch.randn(20, 96))
-    assert (
-        len(table) == 96
-        and (table.singular_value == 0).sum() == 76
-        and table.singular_value.is_monotonic_decreasing
-    )
+    assert len(table) == 96 and (table.singular_value == 0).sum() == 76
+    assert table.singular_value.is_monotonic_decreasing
     few = head_blindness(pair.student, torch.randn(20, 96), directions=5)
     assert list(few.direction) == [1, 25, 49, 72, 96]
     fig = blindness_figure(table)
-    assert (
-        len(fig.data[1].x) == 20
-        and "76 directions are not seen" in fig.layout.meta["subtitle"]
-        and fig.data[1].y[0] == 1
-    )
+    assert len(fig.data[1].x) == 20 and fig.data[1].y[0] == 1
+    assert "76 directions are not seen" in fig.layout.meta["subtitle"]
     with pytest.raises(ValueError, match=r"shape \(20, 95\)"):
         head_blindness(pair.student, torch.randn(20, 95))
     with pytest.raises(ValueError, match="bfloat16"):
@@ -170,16 +150,13 @@ def test_a_head_is_blind_to_its_null_space(pair):
 
 
 def test_an_error_of_rank_is_a_distance():
-    planted = planted_pair(
-        200, torch.tensor([8.0, 4, 2, 1, 0.5, 0.25]), torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1]), 6
-    )
-    student, teacher = planted.student, planted.teacher
+    eigenvalues = torch.tensor([8.0, 4, 2, 1, 0.5, 0.25])
+    planted = planted_pair(200, eigenvalues, torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1]), 6)
+    states = (planted.student, planted.teacher)
     moments = Moments([(1, 2)], 6, 6)
-    moments.update((1, 2), student, teacher)
-    table = rank_tradeoff(moments, (1, 2), {(1, 2): (student, teacher)}, ridge=0)
-    assert (table.measured - table.total).abs().max() < 1e-8 * table.total.max(), (
-        "least squares on its own rows: exactly the formula"
-    )
-    assert int(table.loc[table.total.idxmin(), "rank"]) == 3 and tradeoff_figure(table).layout.meta[
-        "subtitle"
-    ].startswith("the best rank is 3")
+    moments.update((1, 2), *states)
+    table = rank_tradeoff(moments, (1, 2), {(1, 2): states}, ridge=0)
+    # Least squares on its own states: exactly the formula.
+    assert (table.measured - table.total).abs().max() < 1e-8 * table.total.max()
+    assert int(table.loc[table.total.idxmin(), "rank"]) == 3
+    assert tradeoff_figure(table).layout.meta["subtitle"].startswith("the best rank is 3")
