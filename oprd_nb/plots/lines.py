@@ -42,7 +42,7 @@ def downsample(table: pd.DataFrame, most: int = 80) -> pd.DataFrame:
     places = np.linspace(0, len(table) - 1, min(most, len(table)))
     return table.iloc[np.unique(places.round().astype(int))]
 
-
+# %% ../../nbs/30_plots/01_lines.ipynb #a560167b
 def to_float32(values: pd.Series) -> Float[np.ndarray, "n"]:
     """Numbers as float32: seven digits are more than a screen shows, in half the bytes of a saved figure."""
     return values.to_numpy("float32")
@@ -114,7 +114,7 @@ def _add_label(fig: go.Figure, runs: pd.DataFrame, line: pd.DataFrame, axes: tup
         **shared,
     )
 
-
+# %% ../../nbs/30_plots/01_lines.ipynb #09f2142c
 def add_series(
     fig: go.Figure,
     table: pd.DataFrame,

@@ -30,10 +30,14 @@ def bubble_text(row: dict) -> str:
 
 # %% ../../nbs/30_plots/04_outcomes.ipynb #00000024
 def _bubble_marker(row: dict, largest: float, is_paper: bool) -> dict:
-    """The marker of one bubble: its area is the memory, and `largest` bytes are 45 pixels wide."""
+    """The marker of one bubble: its area is the memory, and `largest` bytes are 45 pixels wide.
+
+    No bubble is smaller than an eightieth of that area, so that one of no memory can be seen.
+    """
     style = method_style(row["method"])
+    size = np.nan_to_num(row["delta_peak"], nan=largest / 4)
     return dict(
-        size=[np.nan_to_num(row["delta_peak"], nan=largest / 4)],
+        size=[max(size, largest / 80)],
         sizemode="area",
         sizeref=largest / 45**2,
         sizemin=5,
@@ -42,7 +46,7 @@ def _bubble_marker(row: dict, largest: float, is_paper: bool) -> dict:
         line=dict(color=style.colour, width=2 if is_paper else 0),
     )
 
-
+# %% ../../nbs/30_plots/04_outcomes.ipynb #12ed455b
 def add_bubble(fig: go.Figure, row: dict, per: float, largest: float) -> go.Figure:
     """One row of `summary_table` as a bubble with its interval; the paper's are open, with a legend.
 
@@ -139,7 +143,7 @@ def _add_start(fig: go.Figure, before: float, position: str) -> go.Figure:
         annotation=dict(text=text, font_color="#666666", font_size=12),
     )
 
-
+# %% ../../nbs/30_plots/04_outcomes.ipynb #629aeaee
 def pareto_bubble(runs: Runs, paper: bool = False) -> go.Figure:
     """Accuracy against training time, Fig. 1; the area of a bubble is the delta-peak memory.
 
@@ -164,7 +168,7 @@ def pareto_bubble(runs: Runs, paper: bool = False) -> go.Figure:
     if paper:
         log_time_axis(fig, per, table["seconds"].min(), longest)
     else:
-        fig.update_xaxes(range=[0, 2.1 * longest / per])  # room for the labels
+        fig.update_xaxes(range=[0, 2.1 * longest / per])  # the labels are written to the right of the bubbles
     add_bubble_labels(fig, finals.to_dict("records"), per, None if paper else 1.25 * longest)
     _add_start(fig, finals["before"].mean(), "bottom right" if paper else "bottom left")
     fig.update_yaxes(range=[0, 1.05])

@@ -76,7 +76,7 @@ def left_out(count: int, unit: str) -> str:
     """The note in the gap of a text that was cut: how many of its units are missing."""
     return f"<i>… {count:,} {unit} left out …</i>"
 
-
+# %% ../../nbs/30_plots/07_page.ipynb #a1740974
 def clipped(text: str, head: int = 500, tail: int = 900) -> str:
     """Escaped text; of a long one its beginning, its end, and how many characters are left out between."""
     if len(text) <= head + tail:

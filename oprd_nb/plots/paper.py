@@ -67,6 +67,8 @@ PAPER_TABLES = {
 
 Numbers are per cent unless the column says otherwise.
 """
+
+# %% ../../nbs/30_plots/02_paper.ipynb #44b11cca
 PAPER_LABELS = {
     "opd-sampled": "OPD top-1",
     "opd-topk": "OPD top-16",

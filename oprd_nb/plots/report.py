@@ -65,7 +65,7 @@ def _result(best: dict) -> str:
         sentence = f"No method improved the student: the best, {sentence}"
     return f"{sentence}."
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #46d9846c
 def _comparison(runs: Sequence[Run], best: dict, rival: dict) -> str:
     """The sentence about the lead of the best method over the next one."""
     best_runs = [run for run in runs if run.label == best["label"]]
@@ -77,7 +77,7 @@ def _comparison(runs: Sequence[Run], best: dict, rival: dict) -> str:
     interval = f"95% interval {100 * low:.0f}–{100 * high:.0f}"
     return f"That is {100 * gap:.0f} points ahead of {rival['label']} ({interval})."
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #7e0cd275
 def headline(runs: Sequence[Run], table: pd.DataFrame) -> tuple[str, str]:
     """From `summary_table(runs)`, a sentence about the best method, and one about its lead over the next.
 
@@ -125,7 +125,7 @@ def method_chip(method: str, label: str) -> str:
     """A method's label behind a square of its colour."""
     return chip(method_style(method).colour, label)
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #e17065e9
 def known(value: float, text: Callable[[float], str]) -> str:
     """`text(value)`, or a dash where the value is not known."""
     return text(value) if np.isfinite(value) else "–"
@@ -135,7 +135,7 @@ def _signed_points(gain: float) -> str:
     """A difference of shares in percentage points, with a true minus sign."""
     return f"{100 * gain:+.1f}".replace("-", "−")
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #f787213d
 def _method_cells(row: dict, is_best: bool) -> list[str]:
     """The cells of one row of `summary_table`, as HTML, in the order of `_HEADINGS`."""
     name = method_chip(row["method"], row["label"])
@@ -157,7 +157,7 @@ def _method_cells(row: dict, is_best: bool) -> list[str]:
         known(row["truncated"], format_percent),
     ]
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #1752c4c7
 _HEADINGS = (
     "Method",
     "Before",
@@ -200,7 +200,7 @@ FIGURES: dict[str, Callable[[list[Run]], go.Figure]] = {
 }
 """The figures of a report, by the id of their place on the page."""
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #faf16f90
 def draw_figures(runs: list[Run]) -> tuple[dict[str, go.Figure], dict[str, str]]:
     """Those of `FIGURES` that can be drawn, and for the others the reason why not."""
     figures = {}
@@ -314,7 +314,7 @@ def _flat(entries: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
         else:
             yield f"{prefix}{key}", str(value)
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #b5ff1b85
 def settings_html(runs: Sequence[Run]) -> str:
     """What the runs share, and what differs by run, from config.yaml and about.json.
 
@@ -373,7 +373,7 @@ EMBEDDED = (
     "the gap between OPRD and OPD as an illustration, not as a measure of it elsewhere."
 )
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #4b31f9f1
 def caveats_html(runs: Sequence[Run]) -> str:
     """What a reader must know first: synthetic runs, and runs on the embedded models."""
     caveats = []
@@ -398,7 +398,7 @@ def _pair_of(run: Run) -> str:
     teacher = run.config.get("teacher", "teacher not named")
     return f"{task}, {student} ← {teacher}"
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #0cfbc625
 def report_html(runs: list[Run]) -> str:
     """The whole report as text."""
     table = summary_table(runs)
@@ -419,7 +419,7 @@ def report_html(runs: list[Run]) -> str:
     scripts = [get_plotlyjs(), figures_script(figures)]
     return page_html("Distillation report", header, sections, scripts)
 
-
+# %% ../../nbs/30_plots/08_report.ipynb #648b86e4
 def write_report(runs: Sequence[str | Path | Run], path: str | Path) -> Path:
     """Write one self-contained HTML page about run folders and return its path.
 

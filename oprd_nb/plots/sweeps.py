@@ -21,7 +21,7 @@ OPTIONS = {
     "auto": "r = auto",
 }
 
-
+# %% ../../nbs/30_plots/06_sweeps.ipynb #bea2f760
 def style_of(name: str) -> Method:
     """Label and colour of a method with options (`bridge-8`, `readout-boundaries`) or two stages (`a>b`)."""
     if ">" in name:
@@ -136,7 +136,7 @@ def _add_method(fig: go.Figure, row: pd.Series, seeds: pd.Series) -> None:
         font_color=style.colour,
     )
 
-
+# %% ../../nbs/30_plots/06_sweeps.ipynb #629acdb1
 def final_figure(final: pd.DataFrame, title: str, subtitle: str) -> go.Figure:
     """Test accuracy by method, best on top: a tick per seed, and the mean with its interval.
 

@@ -118,7 +118,7 @@ def cross_architecture_table(runs: Runs | None = None) -> go.Figure:
     """Avg@k and Best@k, means over sets, for a teacher of another architecture, Table 4."""
     return table_figure(4, mean_scores(runs), "Across architectures", "per cent; k = 16 in the paper")
 
-
+# %% ../../nbs/30_plots/05_tables.ipynb #01a2fd3c
 def cross_tokenizer_table(runs: Runs | None = None) -> go.Figure:
     """Avg@k and Best@k, means over sets, for a teacher with another tokenizer, Table 6."""
     return table_figure(6, mean_scores(runs), "Across tokenizers", "per cent; k = 16 in the paper")

@@ -83,7 +83,7 @@ class Metric:
         """Whether values are between 0 and 1 and are shown in per cent."""
         return self.unit == "share"
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #00000041
 METRICS = {
     # Of every line.
     "step": Metric("optimizer steps", "Training step", ","),
@@ -153,7 +153,7 @@ class Method:
     colour: str = "#4D4D4D"
     symbol: str = "circle"
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #8e227186
 METHODS = {
     "oprd": Method("OPRD", OKABE_ITO["blue"], "circle"),
     "opd-full": Method("OPD full KL", OKABE_ITO["vermillion"], "square"),
@@ -166,7 +166,7 @@ METHODS = {
 }
 """Method name, as in config.yaml, to its look."""
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #ea27ef09
 def method_style(name: str) -> Method:
     """The look of method `name`; an unknown one is dark grey under its own name."""
     return METHODS.get(name, Method(name))
@@ -178,7 +178,7 @@ def _is_plain(value: object) -> bool:
         return all(isinstance(entry, str | int | float | bool | None) for entry in value)
     return isinstance(value, str | int | float | bool | None)
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #99892a77
 def write_settings(folder: str | Path, settings: Mapping[str, object]) -> Path:
     """Write config.yaml, atomically; returns its path. ValueError for a setting that is not a plain value."""
     for name, value in settings.items():
@@ -192,7 +192,7 @@ def write_settings(folder: str | Path, settings: Mapping[str, object]) -> Path:
         unfinished.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
     return path
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #0ea5228e
 def write_about(folder: str | Path, about: Mapping[str, object]) -> Path:
     """Write about.json, atomically; returns its path. `about` is anything that JSON can hold."""
     path = RunPaths(folder).about
@@ -230,7 +230,7 @@ def _read_mapping(path: Path) -> dict:
         raise ValueError(f"run={str(path.parent)!r}: {path.name} is damaged: it is a {type(found).__name__}")
     return found or {}
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #44d033b7
 def read_settings(folder: str | Path) -> tuple[dict, dict]:
     """The settings and the facts of a run folder; {} and {} where it holds none yet.
 
@@ -249,7 +249,7 @@ def parse_line(line: str | bytes) -> dict | None:
     entry = parse_json_line(line)
     return entry if entry is not None and isinstance(entry.get("step"), int | float) else None
 
-
+# %% ../../nbs/22_runs/01_folder.ipynb #3ee6540f
 def merge_line(rows: dict[int, dict], entry: Mapping[str, object]) -> None:
     """Add one parsed line to `rows` (step -> its metrics); a later value of the same step replaces it."""
     row = rows.setdefault(entry["step"], {"step": entry["step"]})

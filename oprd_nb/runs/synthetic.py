@@ -30,7 +30,7 @@ class Shape(NamedTuple):
     length: float
     """Tokens per response at the end."""
 
-
+# %% ../../nbs/22_runs/02_synthetic.ipynb #f44b6b3d
 SHAPES = {
     "oprd": Shape(0.88, 4.0, 0.22, 9.5e7, 23.0),
     "opd-full": Shape(0.52, 2.0, 0.26, 2.1e8, 24.5),
@@ -60,7 +60,7 @@ def _step_metrics(shape: Shape, step: int, done: float, cosine: float, rng: np.r
         "memory/delta_peak": shape.delta_peak,
     }
 
-
+# %% ../../nbs/22_runs/02_synthetic.ipynb #1b91e4d2
 def synthetic_metrics(method: str, seed: int = 0, steps: int = 200, layers: int = 4) -> list[dict]:
     """The rows of metrics.jsonl: training values at every step, evaluation values ten times per run."""
     shape = SHAPES[method]
@@ -90,7 +90,7 @@ def synthetic_response(numbers: np.ndarray, slip: int) -> str:
     total = first + int(numbers[2])
     return f"{numbers[0]}+{numbers[1]}={first}\n{first}+{numbers[2]}={total}\n\\boxed{{{total}}}"
 
-
+# %% ../../nbs/22_runs/02_synthetic.ipynb #46e15486
 def synthetic_samples(
     accuracy: float, seed: int, step: int, problems: int = 200, samples: int = 1
 ) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from ..utils import bootstrap_interval, t_interval
 Runs = str | Path | Run | Sequence | pd.DataFrame
 """What a figure takes: a run folder, a `Run`, a list of either, or a tidy table."""
 
-
+# %% ../../nbs/22_runs/03_tables.ipynb #2bf5c67b
 def as_runs(runs: Runs) -> list[Run]:
     """One run or many, as folders or already read, as a list of `Run`."""
     many = [runs] if isinstance(runs, str | Path | Run) else list(runs)
@@ -37,7 +37,7 @@ def require_columns(table: pd.DataFrame, *names: str) -> None:
     if missing:
         raise ValueError(f"table: lacks the columns {missing}; it has {list(table.columns)}")
 
-
+# %% ../../nbs/22_runs/03_tables.ipynb #69a2f808
 def run_labels(table: pd.DataFrame) -> pd.Series:
     """The column `label`, filled from the method's name where it is missing."""
     names = table["method"].map(lambda name: method_style(name).label)
@@ -105,7 +105,7 @@ def problem_scores(samples: pd.DataFrame) -> pd.DataFrame:
 NUMBERS = ["before", "accuracy", "low", "high", "seconds", "delta_peak", "length", "truncated"]
 """Columns of `summary_table`: shares, seconds, bytes, tokens per response, share of responses cut off."""
 
-
+# %% ../../nbs/22_runs/03_tables.ipynb #f60432ff
 def final_metrics(run: Run) -> dict:
     """How one run ended, a value for each of `NUMBERS`; NaN where unknown. The interval is over problems."""
     row = {"method": run.method, "label": run.label} | dict.fromkeys(NUMBERS, np.nan)
@@ -135,7 +135,7 @@ def _summary_row(group: pd.DataFrame) -> dict:
         row["high"] = min(1.0, high)
     return row
 
-
+# %% ../../nbs/22_runs/03_tables.ipynb #e7085db1
 def summary_table(runs: Runs) -> pd.DataFrame:
     """How runs ended, one row per label: method, label, seeds and `NUMBERS`.
 
