@@ -30,10 +30,11 @@ PAIRS = {"same": "teacher", "cross_architecture": "teacher_wide", "cross_tokeniz
 
 
 def embedded(name: str = "same") -> ModelPair:
-    """The embedded pair `"same"`, `"cross_architecture"` or `"cross_tokenizer"`, in float32, with its arithmetic task."""
+    """The pair `"same"`, `"cross_architecture"` or `"cross_tokenizer"`, in float32, with its task."""
     if name not in PAIRS:
         raise ValueError(f"embedded({name!r}): use one of {list(PAIRS)}")
-    student, teacher = "embedded/student", f"embedded/{PAIRS[name]}"
+    student = "embedded/student"
+    teacher = f"embedded/{PAIRS[name]}"
     return ModelPair(
         load_model(student, dtype=torch.float32),
         load_model(teacher, dtype=torch.float32),
