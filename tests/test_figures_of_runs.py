@@ -1,4 +1,4 @@
-"""Every figure and table from the stored copies of real runs: what is drawn, in which colours and units, from where to where."""
+"""Every figure and table from the stored copies of real runs: their traces, colours, units and ranges."""
 
 from pathlib import Path
 
@@ -35,22 +35,20 @@ def test_a_curve_of_every_method(runs, name, y, low, high):
     assert {trace.line.color for trace in fig.data if trace.mode == "lines"} == {
         METHODS[name].colour for name in NAMES
     }
-    assert fig.layout.yaxis.title.text == y and fig.layout.xaxis.title.text == "Training step"
+    assert fig.layout.yaxis.title.text == y
+    assert fig.layout.xaxis.title.text == "Training step"
     for trace in fig.data:
-        assert (
-            len(trace.x)
-            and trace.x.min() >= 0
-            and trace.x.max() == 200
-            and not (trace.y < low).any()
-            and not (trace.y > high).any()
-        )
+        assert trace.x.min() >= 0
+        assert trace.x.max() == 200
+        assert not (trace.y < low).any()
+        assert not (trace.y > high).any()
 
 
 def test_the_policy_gradient_loss_of_the_method_that_has_one(runs):
     fig = pg_loss_curve(runs[3])
-    assert fig.layout.yaxis.title.text == "Loss, nats per token" and {
-        trace.marker.color or trace.line.color for trace in fig.data
-    } == {METHODS["opd-sampled"].colour}
+    assert fig.layout.yaxis.title.text == "Loss, nats per token"
+    colours = {trace.marker.color or trace.line.color for trace in fig.data}
+    assert colours == {METHODS["opd-sampled"].colour}
     with pytest.raises(ValueError, match="actor/pg_loss"):
         pg_loss_curve(runs[0])
 
@@ -62,36 +60,34 @@ def test_signal_and_noise_are_as_the_theorem_has_them_at_the_start(runs):
 
 def test_layers(runs):
     fig = layer_cosine(runs[:2])
-    assert [list(trace.x) for trace in fig.data] == [[1, 2, 3, 4]] * 4 and all(
-        0 < y <= 1 for trace in fig.data for y in trace.y
-    )
+    assert [list(trace.x) for trace in fig.data] == [[1, 2, 3, 4]] * 4
+    assert all(0 < y <= 1 for trace in fig.data for y in trace.y)
     grid = layer_heatmap(runs[0]).data[0]
-    assert grid.z.shape[0] == 4 and grid.x[-1] == 200 and grid.colorbar.title.text == "Cosine"
+    assert grid.z.shape[0] == 4
+    assert grid.x[-1] == 200
+    assert grid.colorbar.title.text == "Cosine"
 
 
 def test_a_bubble_is_where_its_run_ended(runs):
-    fig, table = pareto_bubble(runs), summary_table(runs).set_index("label")
+    fig = pareto_bubble(runs)
+    table = summary_table(runs).set_index("label")
     for trace in fig.data:
-        assert (
-            trace.y[0] == table.accuracy[trace.name]
-            and trace.marker.color == METHODS[table.method[trace.name]].colour
-        )
-    assert fig.layout.yaxis.tickformat == ".0%" and fig.layout.xaxis.title.text.startswith("Training time, ")
+        assert trace.y[0] == table.accuracy[trace.name]
+        assert trace.marker.color == METHODS[table.method[trace.name]].colour
+    assert fig.layout.yaxis.tickformat == ".0%"
+    assert fig.layout.xaxis.title.text.startswith("Training time, ")
 
 
 def test_a_sweep_of_three_seeds_a_weight():
     folders = list(STORED.glob("mu-*"))
     table = mu_table(folders)
-    assert (
-        len(folders) == 12
-        and table["mu"].tolist() == [0, 1, 10, 100]
-        and (table["low"] <= table["accuracy"]).all()
-        and (table["accuracy"] <= table["high"]).all()
-    )
+    assert len(folders) == 12
+    assert table["mu"].tolist() == [0, 1, 10, 100]
+    assert (table["low"] <= table["accuracy"]).all()
+    assert (table["accuracy"] <= table["high"]).all()
     fig = mu_sweep(folders, paper=True)
-    assert fig.layout.xaxis.categoryarray == ("0", "1", "10", "100") and [
-        trace.name for trace in fig.data
-    ] == ["these runs", "paper, AIME24"]
+    assert fig.layout.xaxis.categoryarray == ("0", "1", "10", "100")
+    assert [trace.name for trace in fig.data] == ["these runs", "paper, AIME24"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +103,8 @@ def test_a_sweep_of_three_seeds_a_weight():
 def test_tables_hold_the_papers_rows_and_ours(name, folders, rows):
     (table,) = getattr(plots, name)([STORED / folder for folder in folders]).data
     source = list(table.cells["values"][0])
-    assert source.count("ours") == rows and source.count("paper") >= 3
+    assert source.count("ours") == rows
+    assert source.count("paper") >= 3
     assert "–" not in list(table.cells["values"][-1])[-rows:]
 
 

@@ -1,15 +1,20 @@
-"""Run folders: what is read, what is merged, what is refused, and how long it takes."""
+"""Run folders: written and read back, merged, refused, described, and how long it takes."""
 
 import json
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
+import oprd_nb
 from oprd_nb.runs import (
     METHODS,
+    metric_of,
     metrics_table,
     mu_table,
     problem_scores,
@@ -17,9 +22,12 @@ from oprd_nb.runs import (
     read_run,
     set_scores,
     summary_table,
+    synthetic_metrics,
     synthetic_run,
+    write_about,
+    write_settings,
 )
-from oprd_nb.utils import OKABE_ITO
+from oprd_nb.utils import OKABE_ITO, results_folder
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path):
@@ -27,25 +35,105 @@ def test_a_run_comes_back_as_it_was_written(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert run.metrics["loss"].tolist() == [line["loss"] for line in lines]
     assert run.metrics["eval/avg@1"].notna().sum() == sum("eval/avg@1" in line for line in lines)
-    assert run.config["seed"] == 3 and set(run.evals) == {"before", "after"} and len(run.evals["after"]) == 60
-    assert not {"prompt", "response"} & set(run.evals.grades("after")) and {"correct", "tokens"} <= set(
-        run.evals.grades("after")
-    )
+    assert run.config["seed"] == 3
+    assert set(run.evals) == {"before", "after"}
+    assert len(run.evals["after"]) == 60
+    grades = set(run.evals.grades("after"))
+    assert not {"prompt", "response"} & grades
+    assert {"correct", "tokens"} <= grades
+
+
+def test_settings_and_facts_come_back_as_they_were_written(tmp_path):
+    settings = {"method": "oprd", "learning_rate": 1e-5, "layers": [1, 5], "bf16": False, "replay": None}
+    about = {"label": "OPRD", "versions": {"torch": "2.13.0"}, "objective": ["1 * Representation()"]}
+    write_settings(tmp_path, settings)
+    write_about(tmp_path, about)
+    run = read_run(tmp_path)
+    assert run.config == settings
+    assert run.about == about
+    assert list(run.config) == list(settings), "a reader finds the settings in the order they were written"
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("value", [{"torch": "2"}, (1, 2), [[1]], {1, 2}, object()])
+def test_a_setting_that_yaml_would_not_give_back_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"settings\['odd'\]"):
+        write_settings(tmp_path, {"method": "oprd", "odd": value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_the_first_schema_is_read_into_settings_and_facts(tmp_path):
+    old = {
+        "method": "bridge",
+        "seed": 0,
+        "label": "OPRD-Bridge",
+        "bridge": "Bridge(...)",
+        "versions": {"trl": "1"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    run = read_run(tmp_path)
+    assert run.config == {"method": "bridge", "seed": 0}
+    assert run.about == {"label": "OPRD-Bridge", "bridge": "Bridge(...)", "versions": {"trl": "1"}}
+    # With an about.json the same name is a setting: the folder of a bridge, as on the command line.
+    write_settings(tmp_path, {"method": "bridge", "bridge": "runs/bridge"})
+    write_about(tmp_path, {})
+    assert read_run(tmp_path).config["bridge"] == "runs/bridge"
+
+
+def test_every_stored_run_is_read_and_has_no_fact_among_its_settings():
+    folders = [path.parent for path in results_folder().glob("**/config.yaml")]
+    assert len(folders) >= 21
+    for folder in folders:
+        run = read_run(folder)
+        assert {"label", "command", "versions", "objective"} <= set(run.about)
+        assert not {"label", "command", "versions", "objective", "task"} & set(run.config)
+        assert all(not isinstance(value, dict) for value in run.config.values())
+
+
+# ---- metrics
+
+
+def test_every_stored_and_every_synthetic_metric_is_described():
+    logged = set(synthetic_metrics("oprd", steps=20)[-1])
+    for path in results_folder().glob("**/metrics.jsonl"):
+        logged |= set(read_metrics(path))
+    undescribed = [name for name in logged if not metric_of(name).unit]
+    assert not undescribed
+
+
+def test_every_metric_that_the_package_writes_is_described():
+    literal = re.compile(r"""["']((?:rep|actor|teacher|topk|grad|time|memory|sampler|pairing)/[\w@]+)["']""")
+    package = Path(oprd_nb.__file__).parent
+    written = set()
+    for path in package.rglob("*.py"):
+        written |= set(literal.findall(path.read_text()))
+    assert len(written) > 12
+    assert not [name for name in written if not metric_of(name).unit]
+
+
+def test_a_metric_with_a_number_in_its_name_has_it_in_its_title():
+    assert metric_of("eval/avg@16").axis == "Accuracy (Avg@16)"
+    assert metric_of("rep/cosine_layer_30") == metric_of("rep/cosine_layer_1")
+    assert metric_of("eval/avg@").axis == "eval/avg@"
+    assert metric_of("response/truncated").is_share
 
 
 def test_resumed_steps_count_once_and_a_torn_last_line_waits(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text(
-        '{"step": 2, "loss": 5.0, "a": 1}\n{"step": 1, "loss": 6.0}\n\n{"step": 2, "loss": 4.0}\n{"step": 3, "lo'
+        '{"step": 2, "loss": 5.0, "a": 1}\n{"step": 1, "loss": 6.0}\n\n'
+        '{"step": 2, "loss": 4.0}\n{"step": 3, "lo'
     )
     table = read_metrics(log)
-    assert (
-        table["step"].tolist() == [1, 2] and table["loss"].tolist() == [6.0, 4.0] and table["a"].iloc[1] == 1
-    )
+    assert table["step"].tolist() == [1, 2]
+    assert table["loss"].tolist() == [6.0, 4.0]
+    assert table["a"].iloc[1] == 1
     log.write_text('{"step": 1, "loss": 6.0}\n{"step": 2, "loss": 4.0}')
     assert read_metrics(log)["step"].tolist() == [1, 2]
     log.write_text("")
     assert read_metrics(log).empty
+    log.write_text('{"step": 1, "loss": 6.0}\n{"step": 1, "loss": NaN, "a": null}\n')
+    assert read_metrics(log)["loss"].tolist() == [6.0], "what is not a number replaces none"
 
 
 @pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"loss": 1}', "3"])
@@ -57,27 +145,36 @@ def test_a_damaged_line_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("config.yaml", None, "no config.yaml"),
         ("config.yaml", "a: [", "damaged"),
         ("config.yaml", "seed: 1\n", "names no 'method'"),
         ("config.yaml", "", "names no 'method'"),
         ("summary.json", "{", "damaged"),
+        ("about.json", "{", "damaged"),
+        ("config.yaml", "[1, 2]", "damaged"),
     ],
 )
-def test_what_is_not_a_run_folder_is_refused_in_one_line(tmp_path, name, content, told):
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, name, content, message):
     folder = synthetic_run(tmp_path / "run", steps=2, problems=3)
-    (folder / name).unlink() if content is None else (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=told) as error:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
         read_run(folder)
-    assert "\n" not in str(error.value) and "run=" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "run=" in str(error.value)
 
 
 def test_a_run_that_has_only_begun_is_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("method: oprd\n")
     run = read_run(tmp_path)
-    assert run.metrics.empty and not run.evals and run.summary == {} and run.label == "OPRD"
+    assert run.metrics.empty
+    assert not run.evals
+    assert run.summary == {}
+    assert run.label == "OPRD"
     assert np.isnan(summary_table(run)["accuracy"].iloc[0])
     with pytest.raises(KeyError, match="after.parquet"):
         run.evals["after"]
@@ -91,9 +188,9 @@ def test_scores_by_hand():
             "correct": [True, False, False, False, True],
         }
     )
-    assert problem_scores(samples)["avg"].tolist() == [0.5, 0.0, 1.0] and problem_scores(samples)[
-        "best"
-    ].tolist() == [1.0, 0.0, 1.0]
+    scores = problem_scores(samples)
+    assert scores["avg"].tolist() == [0.5, 0.0, 1.0]
+    assert scores["best"].tolist() == [1.0, 0.0, 1.0]
     assert len(problem_scores(samples.drop(columns="set"))) == 2
 
 
@@ -102,14 +199,13 @@ def test_outcomes_of_seeds_are_their_mean_with_a_t_interval(tmp_path):
     accuracies = [read_run(run).evals["after"]["correct"].mean() for run in runs]
     row = summary_table(runs).iloc[0]
     low, high = stats.t.interval(0.95, 2, np.mean(accuracies), stats.sem(accuracies))
-    assert row["seeds"] == 3 and row["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert row["seeds"] == 3
+    assert row["accuracy"] == pytest.approx(np.mean(accuracies))
     assert (row["low"], row["high"]) == pytest.approx((max(0, low), min(1, high)))
     single = summary_table(runs[0]).iloc[0]
-    assert (
-        single["low"] < single["accuracy"] < single["high"]
-        and single["seconds"] == pytest.approx(2.2)
-        and single["delta_peak"] == 9.5e7
-    )
+    assert single["low"] < single["accuracy"] < single["high"]
+    assert single["seconds"] == pytest.approx(2.2)
+    assert single["delta_peak"] == 9.5e7
 
 
 def test_runs_with_other_labels_are_not_averaged(tmp_path):
@@ -147,21 +243,22 @@ def test_a_sweep_needs_mu_in_every_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "call, told",
+    "call, message",
     [
         (lambda: metrics_table([]), "nothing to draw"),
         (lambda: metrics_table(pd.DataFrame({"step": [1]})), "'method'"),
         (lambda: summary_table(pd.DataFrame({"method": ["oprd"]})), "'accuracy'"),
     ],
 )
-def test_errors_name_the_argument(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
 def test_methods_look_different_and_come_from_the_palette():
     colours = [style.colour for style in METHODS.values()]
-    assert len(set(colours)) == len(colours) and set(colours) <= set(OKABE_ITO.values())
+    assert len(set(colours)) == len(colours)
+    assert set(colours) <= set(OKABE_ITO.values())
     assert len({style.symbol for style in METHODS.values()}) == len(METHODS)
 
 
@@ -171,9 +268,7 @@ def test_a_large_run_opens_in_three_seconds(tmp_path):
     run = read_run(folder)
     table = summary_table(run)
     taken = time.perf_counter() - start
-    assert (
-        len(run.metrics) == 5000
-        and table["accuracy"].notna().all()
-        and len(run.evals.grades("after")) == 20_000
-    )
+    assert len(run.metrics) == 5000
+    assert table["accuracy"].notna().all()
+    assert len(run.evals.grades("after")) == 20_000
     assert taken <= 3, f"took {taken:.1f} s"

@@ -37,20 +37,21 @@ def test_intervals_are_student_t():
 
 
 def test_the_seed_they_share_cancels(final):
-    """Seeds move both methods by 0.1; paired, that is no part of the difference."""
+    # Seeds move both methods by 0.1; paired, that is no part of the difference.
     gap, low, high = paired_gap(final, "readout", "opd-full")
-    assert gap == pytest.approx(0.1 - 0.01 / 3) and high - low < 0.1 < np.ptp(
-        over_seeds(final)[["low", "high"]].iloc[0]
-    )
+    assert gap == pytest.approx(0.1 - 0.01 / 3)
+    assert high - low < 0.1 < np.ptp(over_seeds(final)[["low", "high"]].iloc[0])
     with pytest.raises(ValueError, match="have 0 seeds in common"):
         paired_gap(final, "readout", "oprd")
 
 
 def test_best_method_on_top_and_every_seed_drawn(final):
-    table, fig = over_seeds(final), final_figure(final, "title", "subtitle")
+    table = over_seeds(final)
+    fig = final_figure(final, "title", "subtitle")
     assert list(table.method) == ["readout", "opd-full", "bridge-8>opd-full"]
-    strokes = [trace for trace in fig.data if trace.marker.symbol == "line-ns-open"]
-    assert [len(trace.x) for trace in strokes] == [3, 3, 3] and strokes[-1].name == style_of("readout").label
+    ticks = [trace for trace in fig.data if trace.marker.symbol == "line-ns-open"]
+    assert [len(trace.x) for trace in ticks] == [3, 3, 3]
+    assert ticks[-1].name == style_of("readout").label
     assert fig.layout.xaxis.title.text == "accuracy on test problems"
 
 
@@ -59,7 +60,9 @@ def test_the_best_rate_is_marked():
         {"method": "opd-full", "learning_rate": [1e-4, 1e-3, 1e-2], "accuracy": [0.2, 0.6, 0.1]}
     )
     fig = sweep_figure(sweep)
-    assert list(fig.data[1].x) == [1e-3] and list(fig.data[1].y) == [0.6] and fig.layout.xaxis.type == "log"
+    assert list(fig.data[1].x) == [1e-3]
+    assert list(fig.data[1].y) == [0.6]
+    assert fig.layout.xaxis.type == "log"
 
 
 @pytest.mark.parametrize(
