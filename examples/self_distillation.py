@@ -26,7 +26,7 @@ from oprd_nb.objectives.terms import as_objective
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher, without_adapters
-from oprd_nb.training.experiment import distil, versions
+from oprd_nb.training.experiment import distil
 from oprd_nb.training.trainer import OPRDConfig
 
 EXAMPLES = ((3, 9), (14, 5), (8, 8), (11, 17))
@@ -111,20 +111,18 @@ def main() -> None:
         gradient_checkpointing=False,
         weight_decay=0.0,
     )
-    settings = {
-        "method": "oprd",
+    settings = {"method": "oprd", "student": args.model, "teacher": f"{args.model}, told the sum"}
+    about = {
         "label": "OPRD, told the sum",
-        "student": args.model,
-        "teacher": f"{args.model}, told the sum",
         "task": "sums",
         "command": f"python examples/self_distillation.py --steps {args.steps} --samples {args.samples}",
-        "versions": versions(),
     }
     results = distil(
         pair,
         as_objective(Representation(positions="all")),
         config,
         settings,
+        about,
         held_out=len(pair.task.test),
         samples=args.samples,
         teacher=Teacher.of_base(student, tokenizer, prompt=told),

@@ -58,7 +58,7 @@ def arm_model(trainer, place: str, step: int) -> None:
 
 
 def arm_file(trainer, place: str, step: int) -> None:
-    """Die in the middle of writing one file of checkpoint-`step`, or between its last file and its seal."""
+    """Die in the middle of writing one file of checkpoint-`step`, or between its last file and its manifest."""
 
     def torn(write, name=""):
         """`write`, whose second argument is a path; a file called `name` of this step is cut in half before death."""
@@ -90,9 +90,9 @@ def arm_file(trainer, place: str, step: int) -> None:
 
         DistillationTrainer._save_checkpoint = filling
     else:
-        seal = oprd_nb.training.trainer.write_manifest
+        write = oprd_nb.training.trainer.write_manifest
         oprd_nb.training.trainer.write_manifest = lambda folder: (
-            die() if trainer.state.global_step == step else seal(folder)
+            die() if trainer.state.global_step == step else write(folder)
         )
 
 

@@ -137,14 +137,14 @@ def test_the_best_checkpoint_is_meant_where_one_was_chosen(tmp_path):
         run / "checkpoint-2"
     )
     (run / "checkpoint-1" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="best checkpoint checkpoint-1 is not whole"):
+    with pytest.raises(ValueError, match="best checkpoint checkpoint-1 is not complete"):
         checkpoint_of(run)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: (folder / "checkpoint-1").mkdir(parents=True), "without a whole checkpoint"),
+        (lambda folder: (folder / "checkpoint-1").mkdir(parents=True), "without a complete checkpoint"),
         (lambda folder: folder.mkdir(), "cannot be loaded"),
         (lambda folder: None, "cannot be loaded"),
     ],

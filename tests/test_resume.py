@@ -21,7 +21,7 @@ from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.callbacks import RunFolder
 from oprd_nb.training.checkpoints import (
-    SEAL,
+    MANIFEST,
     checkpoint_problem,
     checkpoint_to_resume,
     checkpoints_of,
@@ -44,7 +44,7 @@ THREE_A_KIND = [
     "weights:2",
     "optimizer:6",
     "state:4",
-    "seal:4",
+    "manifest:4",
     "lora-rollout:5",
     "lora-backward:3",
     "lora-weights:4",
@@ -103,7 +103,7 @@ def test_killed_at_three_places_of_each_kind_and_with_adapters(third, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A sealed checkpoint of a tiny model, beside an older one."""
+    """A complete checkpoint of a tiny model, and an older one."""
     for step in (1, 2):
         tiny_qwen3(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
         torch.save({"state": torch.ones(50)}, tmp_path / f"checkpoint-{step}" / "optimizer.pt")
@@ -122,8 +122,8 @@ DAMAGES = {
     ),
     "an empty configuration": lambda folder: (folder / "config.json").write_text(""),
     "a missing shard": lambda folder: (folder / "global_step" / "shard.bin").unlink(),
-    "no seal": lambda folder: (folder / SEAL).unlink(),
-    "half a seal": lambda folder: (folder / SEAL).write_text((folder / SEAL).read_text()[:100]),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:100]),
 }
 
 
@@ -203,18 +203,20 @@ def test_a_resumed_run_says_what_changed_and_refuses_another_bridge(tmp_path):
         return Bridge.fit(moments, rank=2)
 
     state = SimpleNamespace(is_world_process_zero=True, global_step=0)
-    RunFolder(tmp_path, {"seed": 0, "versions": {"torch": "1"}}, bridge(0)).on_train_begin(None, state, None)
+    RunFolder(tmp_path, {"seed": 0}, {"versions": {"torch": "1"}}, bridge(0)).on_train_begin(
+        None, state, None
+    )
     append_jsonl(tmp_path / "metrics.jsonl", {"step": 1, "seconds": 2.5})
     state.global_step = 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = RunFolder(tmp_path, {"seed": 0, "versions": {"torch": "2"}}, bridge(0))
+        again = RunFolder(tmp_path, {"seed": 0}, {"versions": {"torch": "2"}}, bridge(0))
         again.on_train_begin(None, state, None)
     assert again.seconds == 2.5 and read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "seconds": 2.5}]
     with pytest.warns(UserWarning, match="seed=1: the run that is resumed was started with 0"):
-        RunFolder(tmp_path, {"seed": 1}, bridge(0)).on_train_begin(None, state, None)
+        RunFolder(tmp_path, {"seed": 1}, bridge=bridge(0)).on_train_begin(None, state, None)
     with pytest.raises(ValueError, match="bridge: is not the one"):
-        RunFolder(tmp_path, {"seed": 1}, bridge(1)).on_train_begin(None, state, None)
+        RunFolder(tmp_path, {"seed": 1}, bridge=bridge(1)).on_train_begin(None, state, None)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,9 @@ def test_run_folder_is_plain_and_a_representation_run_logs_no_entropy(same, tmp_
     assert expected <= steps[0].keys() and not any("entropy" in name for name in steps[0])
     assert all(steps[0][name] >= 0 for name in ("time/rollout", "time/teacher", "time/update"))
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert settings["responses_per_step"] == 64 and "Representation" in settings["objective"][0]
+    assert settings["learning_rate"] == 1e-3 and settings["max_steps"] == 2
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["responses_per_step"] == 64 and "Representation" in about["objective"][0]
 
 
 def test_evaluation_reports_accuracy_and_output_diagnostics(same, tmp_path):

@@ -31,6 +31,7 @@ from ..core import Rollouts, set_seed
 from ..diagnosis import ProbeArguments, probe
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
+from ..explore.scores import save_token_scores
 from ..models.loading import load_model, load_tokenizer
 from ..models.pairs import ModelPair, embedded
 from ..objectives.representation import Representation
@@ -42,7 +43,7 @@ from ..rollouts.vllm import VLLMSampler
 from ..runs import method_style
 from ..tasks.problems import Task, load_task
 from ..teachers import Teacher
-from ..training.experiment import BRIDGE_KINDS, METHODS, bridge_term, distil, versions
+from ..training.experiment import BRIDGE_KINDS, METHODS, bridge_term, distil
 from ..training.export import export_model
 from ..training.trainer import OPRDConfig
 
@@ -98,14 +99,10 @@ def demo(args: DemoArguments) -> None:
     for method, learning_rate in (QUICK_LEARNING_RATE if args.quick else BEST_LEARNING_RATE).items():
         pair = embedded("same")
         folder = Path(args.out) / method
-        settings = {
-            "method": method,
+        settings = {"method": method, "student": "embedded/student", "teacher": "embedded/teacher"}
+        about = {
             "label": method_style(method).label,
-            "student": "embedded/student",
-            "teacher": "embedded/teacher",
-            "task": pair.task.name,
-            "command": "oprd demo" + " --quick" * args.quick,
-            "versions": versions(),
+            "command": "oprd demo --quick" if args.quick else "oprd demo",
         }
         config = embedded_config(
             folder, learning_rate, steps, args.seed, eval_steps=max(1, steps // evaluations)
@@ -115,7 +112,9 @@ def demo(args: DemoArguments) -> None:
             embedded_objective(method),
             config,
             settings,
+            about,
             held_out=problems,
+            after_evaluation=save_token_scores,
             eval_dataset=pair.task.validation.select(range(100)),
         )
         before, after = (accuracy_of(results[when]) for when in ("before", "after"))
@@ -323,18 +322,17 @@ def stage(
 ) -> None:
     """One method, into `config.output_dir`, with its bridge beside the other files."""
     bridge = bridge_of(method, args, config, pair, teacher)
-    settings = {
-        "method": method,
+    settings = {"method": method, "student": args.student, "teacher": args.teacher, "prompts": args.prompts}
+    if method not in ("oprd", *BRIDGE_KINDS):
+        settings["mu"] = args.mu
+    about = {
         "label": method_style(method).label + (f" + {args.mu:g} OPRD" if args.mu else ""),
-        "student": args.student,
-        "teacher": args.teacher,
-        "task": pair.task.name,
-        "bridge": bridge and repr(bridge),
+        "bridge": None if bridge is None else repr(bridge),
         "command": " ".join(["oprd", "train", *sys.argv[2:]]),
-        "versions": versions(),
     }
-    settings |= {} if method in ("oprd", *BRIDGE_KINDS) else {"mu": args.mu}
     options = {
+        # Stored responses answer the prompts of training only.
+        "eval_sampler": HFSampler(pair.student, pair.tokenizer) if args.replay else None,
         "sampler": sampler,
         "eval_dataset": load_task(args.validation).test if args.validation else None,
     }
@@ -343,7 +341,9 @@ def stage(
         objective_of(method, args, bridge),
         config,
         settings,
+        about,
         samples=args.samples,
+        after_evaluation=save_token_scores,
         teacher=teacher,
         **options,
     )

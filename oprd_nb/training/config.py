@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_trl', 'OPRDConfig', 'logprob_tolerance_of', 'freeze_unused', 'warn_about_ends', 'check_shared', 'check_dataset',
-           'check_terms', 'bridge_of', 'described']
+           'check_terms', 'bridge_of', 'settings_of', 'about_of']
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def check_trl() -> None:
 class OPRDConfig(DistillationConfig):
     """TRL's `DistillationConfig` with the paper's defaults and a few fields of our own.
 
-    The paper: 500 steps, AdamW at 1e-5, 3 % warm-up, cosine decay, 16,384 new tokens, 8 prompts with 2 responses.
+    The paper: 500 steps, AdamW at 1e-5, 3 % warm-up, cosine decay, 16,384 new tokens, 8 prompts with 2
+    responses each.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
@@ -93,7 +95,8 @@ class OPRDConfig(DistillationConfig):
     logprob_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Largest sampler/logprob_gap (nats per token); by default 0.001 in float32 on a CPU, or 0.1."
+            "help": "Largest sampler/logprob_gap (nats per token); by default 0.001 in float32 on a CPU, "
+            "else 0.1."
         },
     )
     token_budget: int = field(
@@ -117,7 +120,8 @@ class OPRDConfig(DistillationConfig):
         if local % self.num_generations:
             raise ValueError(
                 f"num_generations={self.num_generations}: does not divide the {local} responses that a "
-                "process generates per step; change per_device_train_batch_size or gradient_accumulation_steps"
+                "process generates per step; "
+                "change per_device_train_batch_size or gradient_accumulation_steps"
             )
 
 # %% ../../nbs/23_training/05_config.ipynb #5e1a7002
@@ -170,8 +174,8 @@ def warn_about_ends(student: nn.Module, student_tokenizer: PreTrainedTokenizerBa
     teacher_ends = end_tokens(teacher.model, teacher.tokenizer)
     if not set(student_ends) & set(teacher_ends):
         warnings.warn(
-            f"the student ends a turn with {student_tokenizer.convert_ids_to_tokens(student_ends)}, the teacher "
-            f"with {student_tokenizer.convert_ids_to_tokens(teacher_ends)}: "
+            f"the student ends a turn with {student_tokenizer.convert_ids_to_tokens(student_ends)}, "
+            f"the teacher with {student_tokenizer.convert_ids_to_tokens(teacher_ends)}: "
             "expect ever longer responses (watch response/truncated)",
             stacklevel=3,
         )
@@ -244,27 +248,60 @@ def bridge_of(objective: Objective) -> BridgeBase | None:
         )
     return next(iter(bridges.values()), None)
 
-# %% ../../nbs/23_training/05_config.ipynb #b3195293
-def described(objective: Objective, args: OPRDConfig) -> dict[str, Any]:
-    """What a reader of the run folder wants to know of a run's settings."""
-    names = (
-        "seed",
-        "learning_rate",
-        "max_steps",
-        "num_generations",
-        "temperature",
-        "max_completion_length",
-        "weight_decay",
-        "max_grad_norm",
-        "warmup_steps",
-    )
+# %% ../../nbs/23_training/05_config.ipynb #1a6d6048
+_ALWAYS_WRITTEN = (
+    "seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "temperature",
+    "max_completion_length",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+)
+# Where a run is stored, shown or logged is no setting of the method, and a token is a secret.
+# `gradient_checkpointing` is the old name of `activation_checkpointing`.
+_NEVER_WRITTEN = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "hub_token",
+    "local_rank",
+    "report_to",
+    "disable_tqdm",
+    "gradient_checkpointing",
+    "debug",
+    "dataloader_pin_memory",
+)
+
+
+def settings_of(args: OPRDConfig) -> dict[str, Any]:
+    """The settings of a run as plain values, by their names on the command line."""
+    settings = {name: _as_plain(getattr(args, name)) for name in _ALWAYS_WRITTEN}
+    for entry in fields(args):
+        value = _as_plain(getattr(args, entry.name))
+        default = None if entry.default is MISSING else _as_plain(entry.default)
+        is_plain = isinstance(value, str | int | float)
+        if is_plain and value != default and entry.name not in _NEVER_WRITTEN:
+            settings[entry.name] = value
+    return settings
+
+
+def _as_plain(value: Any) -> Any:
+    """The text of an enumeration's entry; anything else as it is."""
+    return value.value if isinstance(value, Enum) else value
+
+# %% ../../nbs/23_training/05_config.ipynb #58a29794
+def about_of(objective: Objective, args: OPRDConfig) -> dict[str, Any]:
+    """What a run trains, in words, and with what."""
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "objective": [f"{weight:g} * {term!r}" for weight, term in objective.terms],
         "reduction": objective.reduction,
         "responses_per_step": responses,
-        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "bf16": args.bf16,
-        **{name: getattr(args, name) for name in names},
         "versions": {"torch": str(torch.__version__), "trl": trl.__version__},
     }

@@ -34,14 +34,15 @@ from .batching import MicroBatch
 from .callbacks import ProgressBar, RunFolder, check_writable, log_safely
 from oprd_nb.training.config import (
     OPRDConfig,
+    about_of,
     bridge_of,
     check_dataset,
     check_shared,
     check_terms,
     check_trl,
-    described,
     freeze_unused,
     logprob_tolerance_of,
+    settings_of,
     warn_about_ends,
 )
 from .diagnostics import GradientSignal, StepMetrics, averages
@@ -51,7 +52,7 @@ from ..utils import measured
 class TrainerBase(DistillationTrainer):
     """A student, its teacher and an objective, checked and prepared; what the classes below share.
 
-    `settings` go into the run folder's `config.yaml`, with what `described` adds to them.
+    `settings` and `about` are added to those of `args` and `objective` in the run folder.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class TrainerBase(DistillationTrainer):
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | None = None,
         sampler: Sampler | None = None,
+        eval_sampler: Sampler | None = None,
         peft_config: PeftConfig | None = None,
         settings: dict[str, Any] | None = None,
+        about: dict[str, Any] | None = None,
         **trainer_options: Any,
     ):
         check_trl()
@@ -73,6 +76,7 @@ class TrainerBase(DistillationTrainer):
         self.objective = as_objective(objective)
         self.teacher = teacher
         self.sampler = sampler
+        self.eval_sampler = eval_sampler or sampler
         check_tokenizer(model, processing_class, "student")
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
         check_terms(self.objective, model, teacher, processing_class)
@@ -101,7 +105,10 @@ class TrainerBase(DistillationTrainer):
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()
         self.run_folder = RunFolder(
-            args.output_dir, described(self.objective, args) | (settings or {}), bridge
+            args.output_dir,
+            settings_of(args) | (settings or {}),
+            about_of(self.objective, args) | (about or {}),
+            bridge,
         )
         self._replace_callbacks()
 
@@ -147,7 +154,10 @@ class EpochSampler(RepeatSampler):
 
 # %% ../../nbs/23_training/06_steps.ipynb #00f7afbf
 def rollouts_of(batch: dict[str, Any], prompts: list[Any] | None = None) -> Rollouts:
-    """TRL's padded prompts and completions as `Rollouts`; results of tools are not part of the response mask."""
+    """TRL's padded prompts and completions as `Rollouts`.
+
+    Results of tools are not part of the response mask.
+    """
     prompt_mask = batch["prompt_mask"]
     supervised = batch["completion_mask"] * batch.get("tool_mask", 1)
     return Rollouts(
@@ -162,7 +172,10 @@ class RolloutMixin(TrainerBase):
     """Generation, and what the teacher reads of it."""
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        """Each prompt `num_generations` times in a row; each generation batch once per micro-batch cut from it."""
+        """Each prompt `num_generations` times in a row.
+
+        Each generation batch comes once per micro-batch that is cut from it.
+        """
         args = self.args
         local = args.per_device_train_batch_size * args.gradient_accumulation_steps
         return EpochSampler(
@@ -192,7 +205,7 @@ class RolloutMixin(TrainerBase):
         )
         if rollouts.log_probs is not None:
             # Four responses show an engine with other weights as well as all of them, in a short pass.
-            first = rollouts.select(list(range(min(4, len(rollouts)))))
+            first = rollouts.select(range(min(4, len(rollouts))))
             gap = self.inside(self.model_wrapped, partial(logprob_gap, student, first))
             self._check_sampler(gap, logprob_tolerance_of(student, self.args))
         return rollouts.responses()
@@ -211,8 +224,8 @@ class RolloutMixin(TrainerBase):
         if not gap <= tolerance:
             raise RuntimeError(
                 f"sampler/logprob_gap={gap:.2g} nats per token at step {self.state.global_step}, "
-                f"logprob_tolerance={tolerance:g}: the sampler does not use the student's weights, or another "
-                "precision; see that sync reaches it, start it with the student's dtype, or set a larger "
+                f"logprob_tolerance={tolerance:g}: the sampler does not use the student's weights, or uses "
+                "another precision; see that sync reaches it, start it with the student's dtype, or set a larger "
                 "logprob_tolerance (inf where stored responses are replayed)"
             )
 
@@ -297,7 +310,10 @@ class StepMixin(TrainerBase):
         self._signal = GradientSignal(self.model.parameters()) if separable else None
 
     def _prepare_inputs(self, generation_batch: Any) -> MicroBatch:
-        """The next micro-batch, generated with the others of its step by the first call; a `MicroBatch` as it is."""
+        """The next micro-batch; the first call of a step generates all of them.
+
+        A `MicroBatch` is prepared already.
+        """
         if isinstance(generation_batch, MicroBatch):
             return generation_batch
         batch = super()._prepare_inputs(generation_batch)

@@ -7,21 +7,21 @@ __all__ = ['EvaluationMixin', 'CheckpointMixin', 'ResumeMixin', 'OPRDTrainer']
 
 # %% ../../nbs/23_training/07_trainer.ipynb #00000002
 import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from ..core import Rollouts
-from ..evaluation.sampling import Evaluation, evaluate
+from ..evaluation.sampling import Evaluation, evaluate, stored_rollouts
 from ..objectives.representation import Representation
-from ..rollouts.samplers import HFSampler
-from ..tasks.problems import Task
+from ..rollouts.samplers import HFSampler, Sampler
 from oprd_nb.training.checkpoints import (
     checkpoint_problem,
     checkpoint_to_resume,
@@ -44,32 +44,34 @@ class EvaluationMixin(TrainerBase):
     ) -> dict[str, float]:
         """Accuracy on held-out problems (`<prefix>_avg@k`), response length, and diagnostics of both models.
 
-        The diagnostics of `02_diagnostics` are taken on the first 64 problems.
+        The diagnostics of `02_diagnostics` are taken on one response to each of the first 64 problems.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         student = self.accelerator.unwrap_model(self.model)
         was_training = student.training
         student.eval()
-        sampler = self.sampler or HFSampler(student, self._tokenizer)
-        sampler.sync(student)
         result = evaluate(
-            sampler,
-            Task("held-out", train=None, test=dataset),
+            self.synced_eval_sampler(),
+            dataset,
             n=self.args.eval_samples,
             temperature=self.args.eval_temperature,
             max_new_tokens=self.max_completion_length,
             seed=self.args.seed,
             progress=False,
         )
-        rollouts = sampler.sample(
-            dataset["prompt"][:64], n=1, max_new_tokens=self.max_completion_length, seed=self.args.seed
-        )
         metrics = self._scores(result, metric_key_prefix)
-        metrics |= self._diagnostics(student, rollouts.to(self.accelerator.device))
+        metrics |= self._diagnostics(student, result.samples, dataset["prompt"])
         student.train(was_training)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def synced_eval_sampler(self) -> Sampler:
+        """What generates the answers to held-out problems, with the student's present weights."""
+        student = self.accelerator.unwrap_model(self.model)
+        sampler = self.eval_sampler or HFSampler(student, self._tokenizer)
+        sampler.sync(student)
+        return sampler
 
     def _scores(self, result: Evaluation, prefix: str) -> dict[str, float]:
         """Accuracy, length and truncation of the graded responses."""
@@ -77,9 +79,16 @@ class EvaluationMixin(TrainerBase):
         names = (f"avg@{self.args.eval_samples}", "length/mean", "truncated")
         return {f"{prefix}_{name}": float(summary[name]) for name in names}
 
-    def _diagnostics(self, student: nn.Module, rollouts: Rollouts) -> dict[str, float]:
-        """What both models say on these responses, as far as no term of the objective logs it."""
-        diagnostics = [output_diagnostics]
+    def _diagnostics(
+        self, student: nn.Module, samples: pd.DataFrame, prompts: Sequence[Any]
+    ) -> dict[str, float]:
+        """What both models say on the sampled responses, as far as no term of the objective logs it."""
+        has_tokens = samples["token_ids"].map(len) > 0
+        first = samples[has_tokens & (samples["sample"] == 0)].head(64)
+        if first.empty:
+            return {}
+        rollouts = stored_rollouts(first, prompts, self._tokenizer).to(self.accelerator.device)
+        diagnostics: list[Callable[..., dict[str, float]]] = [output_diagnostics]
         if not any(isinstance(term, Representation) for _, term in self.objective.terms):
             diagnostics.append(representation_diagnostics)
         metrics = {}
@@ -171,15 +180,16 @@ class ResumeMixin(TrainerBase):
 
 # %% ../../nbs/23_training/07_trainer.ipynb #00000010
 class OPRDTrainer(EvaluationMixin, ResumeMixin, CheckpointMixin, StepMixin, LossMixin, RolloutMixin):
-    """On-policy distillation of `model` towards `teacher` under any objective, by TRL's `DistillationTrainer`.
+    """On-policy distillation of `model` towards `teacher` under any objective, on TRL's trainer.
 
     model: the student, trained in place (or its adapters, with `peft_config`).
     teacher: a `Teacher`; it is never trained.
     objective: a term or a weighted sum of terms.
     train_dataset: needs the column `prompt` (chat messages); `eval_dataset` also `answer`.
     processing_class: the student's tokenizer.
-    sampler: None generates as TRL is configured to (transformers, or its vLLM modes); another sampler is handed
-        the student's weights and asked once per step.
-    settings: written to the run folder's `config.yaml`.
+    sampler: None generates as TRL is configured to (transformers, or its vLLM modes); another sampler is
+        handed the student's weights and asked once per step.
+    eval_sampler: for held-out problems; by default `sampler`, or transformers without one.
+    settings, about: added to what the run folder's `config.yaml` and `about.json` say.
     trainer_options: whatever else TRL's trainer takes (`callbacks`, `optimizers`, ...).
     """
