@@ -91,7 +91,9 @@ def scores_of(bridge) -> dict[str, float]:
 
 def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: int, split: str) -> dict:
     """Train once, stage by stage, and measure the student before and after on `split`."""
-    from oprd_nb.cli.commands import accuracy_of, embedded_config, quiet
+    from oprd_nb.cli.arguments import quiet
+    from oprd_nb.cli.demo import embedded_config
+    from oprd_nb.cli.train import accuracy_of
     from oprd_nb.models.pairs import embedded
     from oprd_nb.objectives.terms import as_objective
     from oprd_nb.tasks.problems import Task

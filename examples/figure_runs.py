@@ -68,7 +68,7 @@ def keep(run: Path, out: Path, curves: bool) -> None:
 
 def one_run(name: str, steps: int, out: str) -> str:
     """Train once, and keep the small copy as `<out>/<name>`."""
-    from oprd_nb.cli.commands import main as oprd
+    from oprd_nb.cli import main as oprd
     from oprd_nb.models.pairs import embedded
 
     pair, settings = (METHODS | SWEEP)[name]

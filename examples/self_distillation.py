@@ -16,7 +16,8 @@ from itertools import combinations_with_replacement
 from datasets import Dataset
 from peft import LoraConfig
 
-from oprd_nb.cli.commands import accuracy_of, quiet
+from oprd_nb.cli.arguments import quiet
+from oprd_nb.cli.train import accuracy_of
 from oprd_nb.core import set_seed
 from oprd_nb.evaluation.sampling import evaluate
 from oprd_nb.models.loading import load_model, load_tokenizer

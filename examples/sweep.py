@@ -24,7 +24,9 @@ GRID = LADDER[4:9]
 
 def one_run(pair_name: str, method: str, learning_rate: float, seed: int, steps: int, split: str) -> dict:
     """Train once and measure the student before and after on `split`."""
-    from oprd_nb.cli.commands import accuracy_of, embedded_config, embedded_objective, quiet
+    from oprd_nb.cli.arguments import quiet
+    from oprd_nb.cli.demo import embedded_config, embedded_objective
+    from oprd_nb.cli.train import accuracy_of
     from oprd_nb.models.pairs import embedded
     from oprd_nb.tasks.problems import Task
     from oprd_nb.training.experiment import distil

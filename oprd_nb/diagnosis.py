@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME_COORDINATES', 'MOST_TOKENS', 'FEW_ROWS', 'SAMPLED', 'NEIGHBOURS', 'Recommendation', 'recommend', 'PairReport',
            'summary_lines', 'Reading', 'read_once', 'layer_table', 'diagnose', 'report_figures', 'save_report',
-           'read_tokens', 'ProbeArguments', 'probe']
+           'read_tokens']
 
 # %% ../nbs/32_diagnosis.ipynb #00000003
 from collections.abc import Iterable
@@ -389,44 +389,3 @@ def read_tokens(folder: str | Path) -> pd.DataFrame:
 
 
 PairReport.save = save_report
-
-# %% ../nbs/32_diagnosis.ipynb #00000020
-@dataclass
-class ProbeArguments:
-    """Measure where a student and a teacher agree, and say which kind of distillation that calls for."""
-
-    student: str = field(metadata={"help": "Model folder, hub id, 'smollm2' or 'embedded/student'."})
-    teacher: str = field(metadata={"help": "Likewise."})
-    prompts: str = field(
-        metadata={"help": "Parquet with a 'prompt' column, or a known set: dapo, aime24, arithmetic, ..."}
-    )
-    out: str = field(default="runs/probe", metadata={"help": "Folder for tables and figures."})
-    limit: int = field(default=64, metadata={"help": "Use only the first so many prompts; 0 is all."})
-    max_new_tokens: int = field(
-        default=512, metadata={"help": "Tokens the student writes to each prompt, at most."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    layers: str = field(default="all", metadata={"help": "Student layers: all, last, even, odd or 1,5,28."})
-    positions: str = field(
-        default="all", metadata={"help": "Response tokens: all, last, last:2000, first:50, last:30%%."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Precision in which both models are loaded."})
-    seed: int = field(default=0, metadata={"help": "Seed of the rollouts and of the split."})
-
-# %% ../nbs/32_diagnosis.ipynb #00000021
-def probe(args: ProbeArguments) -> PairReport:
-    """Let the student answer the prompts, read the answers with both models, and write what was found into `args.out`."""
-    Positions(args.positions)
-    prompts = load_task(args.prompts).problems["prompt"][: args.limit or None]
-    student, tokenizer = load_model(args.student, dtype=args.dtype), load_tokenizer(args.student)
-    Layers(args.layers).of(num_layers_of(student))
-    teacher = Teacher(load_model(args.teacher, dtype=args.dtype), load_tokenizer(args.teacher))
-    rollouts = HFSampler(student, tokenizer).sample(
-        prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
-    )
-    alignment = replace(
-        diagnose(student, teacher, rollouts, tokenizer, args.layers, args.positions, args.seed),
-        names=(args.student, args.teacher),
-    )
-    rollouts.save(alignment.save(args.out) / "rollouts.safetensors")
-    return alignment

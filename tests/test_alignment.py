@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd_nb import diagnosis
-from oprd_nb.diagnosis import ProbeArguments, diagnose, probe, read_tokens, recommend
+from oprd_nb.cli.probe import ProbeArguments, probe_pair
+from oprd_nb.diagnosis import diagnose, read_tokens, recommend
 from oprd_nb.explore.layers import LayerExplorer, RankExplorer
 from oprd_nb.models.pairs import embedded
 from oprd_nb.probing.similarity import cka
@@ -135,7 +136,7 @@ def test_too_few_responses_are_refused(pair, rollouts):
 
 def test_probe_writes_a_folder_that_explorers_read(tmp_path):
     out = tmp_path / "deep" / "probe"
-    result = probe(
+    result = probe_pair(
         ProbeArguments(
             "embedded/student", "embedded/teacher", "arithmetic", out=str(out), limit=12, max_new_tokens=40
         )
@@ -177,7 +178,7 @@ def test_a_bad_argument_is_one_line_and_leaves_nothing_behind(tmp_path, wrong, m
         "max_new_tokens": 10,
     } | wrong
     with pytest.raises(ValueError, match=message) as caught:
-        probe(ProbeArguments(**arguments, out=str(tmp_path / "out")))
+        probe_pair(ProbeArguments(**arguments, out=str(tmp_path / "out")))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 

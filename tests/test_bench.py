@@ -10,8 +10,6 @@ from oprd_nb.bench import (
     PAPER,
     SMOLLM2,
     TINY,
-    BenchArguments,
-    bench,
     bench_growth,
     bench_loss_path,
     bench_ragged,
@@ -24,10 +22,10 @@ from oprd_nb.bench import (
     methods_for,
     over_floor,
     save_bench,
-    shape_of,
     summary,
     target_bytes,
 )
+from oprd_nb.cli.bench import BenchArguments, run_bench, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +153,7 @@ def test_requests(tmp_path):
         and shape_of(BenchArguments("step")) == SMOLLM2
         and PAPER.k == 2000
     )
-    tables = bench(BenchArguments("bridge", tiny=True, out=str(tmp_path)))
+    tables = run_bench(BenchArguments("bridge", tiny=True, out=str(tmp_path)))
     assert (tmp_path / "bridge.json").exists() and list(tables["targets"]["rank"]) == [4, 8, 32]
     assert (
         shape_of(BenchArguments("growth", dtype="float32")) == replace(SMOLLM2, dtype="float32")

@@ -14,7 +14,10 @@ from oprd_nb.bridge.base import BridgeMetadata, ModelSpec
 from oprd_nb.bridge.pca import Bridge
 from oprd_nb.bridge.readout import ReadoutBridge, load_bridge
 from oprd_nb.capture import FINAL
-from oprd_nb.cli.commands import BEST_LEARNING_RATE, COMMANDS, TrainArguments, main, objective_of
+from oprd_nb.cli import main
+from oprd_nb.cli.demo import BEST_LEARNING_RATE
+from oprd_nb.cli.dispatch import COMMANDS
+from oprd_nb.cli.train import TrainArguments, objective_of
 from oprd_nb.core import Rollouts
 from oprd_nb.runs import mu_table
 from oprd_nb.structure.moments import Moments

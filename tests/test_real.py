@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from oprd_nb.cli.commands import main
+from oprd_nb.cli import main
 from oprd_nb.models.loading import add_noise, load_model, load_tokenizer
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.tasks.problems import load_task

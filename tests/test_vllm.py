@@ -11,7 +11,7 @@ from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from oprd_nb.cli.commands import main
+from oprd_nb.cli import main
 from oprd_nb.evaluation.sampling import evaluate
 from oprd_nb.models.loading import load_model, load_tokenizer
 from oprd_nb.objectives.representation import Representation

@@ -9,9 +9,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "commands": ["main"],
+        "dispatch": ["main"],
     },
 )
 
 if TYPE_CHECKING:
-    from .commands import main as main
+    from .dispatch import main as main
