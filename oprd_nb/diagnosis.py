@@ -36,10 +36,18 @@ from oprd_nb.probing.similarity import (
     position_cosines,
     token_similarities,
 )
-from .probing.states import PairedStates, collect, join_states, split_by_response
+from oprd_nb.probing.states import (
+    PairedStates,
+    collect,
+    empty_moments,
+    join_states,
+    split_by_response,
+    update_moments,
+)
 from .rollouts.samplers import HFSampler
 from .structure.moments import Moments
 from .structure.ranks import SuggestedRank, component_r2, rank_curve, suggest_rank
+from .structure.ridge import fit_all
 from .tasks.problems import load_task
 from .teachers import Teacher
 from .utils import cluster_bootstrap_ratio
@@ -226,14 +234,13 @@ def read_once(
     moments, sample, tokens, similarities, paired = None, [], [], [], 0
     draw = torch.Generator().manual_seed(seed)
     for batch in batches:
-        widths = [next(iter(side.values())).shape[1] for side in (batch.student, batch.teacher)]
-        moments = moments or Moments(batch.layer_pairs, *widths)
-        fitted = batch.take(~held[batch.response.cpu()])
-        for s, t in batch.layer_pairs:
-            moments.update((s, t), fitted.student[s], fitted.teacher[t])
+        moments = moments or empty_moments(batch)
+        update_moments(moments, batch.take(~held[batch.response.cpu()]))
         sample.append(batch.take(torch.rand(len(batch), generator=draw) < share))
         similarities.append(token_similarities(batch))
-        tokens.append(position_cosines([batch], tokenizer) if widths[0] == widths[1] else pd.DataFrame())
+        tokens.append(
+            position_cosines([batch], tokenizer) if moments.d_student == moments.d_teacher else pd.DataFrame()
+        )
         paired += len(batch)
     return Reading(
         moments, join_states(sample), pd.concat(tokens, ignore_index=True), pd.concat(similarities), paired
@@ -308,11 +315,13 @@ def diagnose(
     reading = read_once(batches, held, min(1.0, SAMPLED / asked), tokenizer, seed)
     sample, moments = reading.sample, reading.moments
     unseen = sample.take(held[sample.response.cpu()])
-    heldout = {(s, t): (unseen.student[s], unseen.teacher[t]) for s, t in sample.layer_pairs}
-    ranks = suggest_rank(moments, heldout, unseen.response)
-    curve = rank_curve(moments, heldout, range(1, moments.d_teacher + 1))
+    heldout = unseen.by_layer_pair()
+    fits = fit_all(moments)
+    ranks = suggest_rank(moments, heldout, unseen.response, fits=fits)
+    curve = rank_curve(moments, heldout, range(1, moments.d_teacher + 1), fits=fits)
     components = pd.concat(
-        [component_r2(moments, pair, heldout).assign(layer=pair[0]) for pair in heldout], ignore_index=True
+        [component_r2(moments, pair, heldout, fits=fits).assign(layer=pair[0]) for pair in heldout],
+        ignore_index=True,
     )
     few = sample.take(torch.linspace(0, len(sample) - 1, min(NEIGHBOURS, len(sample))).round().long())
     matrix = cka_matrix(few)

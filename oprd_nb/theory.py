@@ -28,7 +28,8 @@ from .pairing.positions import Pairs
 from .plots.theme import base_figure
 from .runs import method_style
 from .structure.moments import LayerPair, Moments
-from .structure.ranks import Heldout, component_r2, fit_ridge, rank_error
+from .structure.ranks import Heldout, component_r2, rank_error
+from .structure.ridge import fit_ridge
 from .teachers import Teacher
 from .utils import OKABE_ITO
 
@@ -302,10 +303,11 @@ def rank_tradeoff(
     The best rank is `table.loc[table.total.idxmin(), "rank"]`; `suggest_rank` finds it for all layers
     together, with an interval.
     """
-    table = component_r2(moments, layer_pair, heldout, ridge).rename(columns={"component": "rank"})
+    fit = fit_ridge(moments[layer_pair], ridge)
+    table = component_r2(moments, layer_pair, heldout, fits={layer_pair: fit})
+    table = table.rename(columns={"component": "rank"})
     eigenvalues = torch.tensor(table.eigenvalue.to_numpy())
     truncation, fitting = rank_error(eigenvalues, torch.tensor(table.rho2.to_numpy()).clamp(0, 1))
-    fit = fit_ridge(moments, layer_pair, ridge)
     student, teacher = heldout[layer_pair]
     target = fit.teacher(teacher)
     target = target - target.mean(0)

@@ -39,7 +39,7 @@ from oprd_nb.pairing.positions import identity_pairs
 from oprd_nb.probing.states import split_by_response
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.structure.moments import Moments
-from oprd_nb.structure.ranks import fit_sgd
+from oprd_nb.structure.ridge import fit_sgd
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
 

@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd_nb.structure.moments import CHUNK, Moments, effective_rank, pca_spectrum, planted_pair
-from oprd_nb.structure.ranks import (
-    component_r2,
-    error_decomposition,
-    fit_ridge,
-    fit_sgd,
-    prefix_cosine,
-    rank_curve,
-    suggest_rank,
-)
+from oprd_nb.structure.ranks import component_r2, error_decomposition, rank_curve, suggest_rank
+from oprd_nb.structure.ridge import fit_all, fit_ridge, fit_sgd, prefix_cosine
 from oprd_nb.utils import measured
 
 PAIR = (2, 3)
@@ -154,9 +147,9 @@ def test_what_is_not_a_moments_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (lambda s, t: (s, t[:-1]), "paired rows"),
-        (lambda s, t: (t, s), "paired rows"),
-        (lambda s, t: (s[0], t[0]), "paired rows"),
+        (lambda s, t: (s, t[:-1]), "paired hidden states"),
+        (lambda s, t: (t, s), "paired hidden states"),
+        (lambda s, t: (s[0], t[0]), "paired hidden states"),
         (lambda s, t: (s.clone().fill_(float("inf")), t), "h_student"),
         (lambda s, t: (s, t.clone().fill_(float("nan"))), "h_teacher"),
     ],
@@ -189,25 +182,25 @@ def test_bad_arguments_name_themselves():
         r"layer_pair=\(9, 9\)": lambda: moments.update((9, 9), student, teacher),
         "other:": lambda: moments.merge(Moments([PAIR], 5, 8)),
         "side='both'": lambda: pca_spectrum(moments, PAIR, "both"),
-        "0 rows of layer pair": lambda: pca_spectrum(Moments([PAIR], 5, 7), PAIR),
+        "0 hidden states of layer pair": lambda: pca_spectrum(Moments([PAIR], 5, 7), PAIR),
         "spectrum:": lambda: effective_rank(torch.zeros(4)),
-        "ridge=-1": lambda: fit_ridge(moments, PAIR, ridge=-1),
-        "ridge=0": lambda: fit_ridge(seen(student[:4], teacher[:4]), PAIR, 0),
+        "ridge=-1": lambda: fit_ridge(moments[PAIR], ridge=-1),
+        "ridge=0": lambda: fit_ridge(seen(student[:4], teacher[:4])[PAIR], 0),
         "degrees of freedom": lambda: component_r2(seen(student[:6], teacher[:6]), PAIR, ridge=1e-6),
         r"ranks=\[0, 8\]: \[0, 8\]": lambda: rank_curve(moments, heldout, [0, 8]),
         r"ranks=\[\]": lambda: rank_curve(moments, heldout, []),
         "heldout: is empty": lambda: rank_curve(moments, {}, [1]),
-        "heldout: has no rows": lambda: component_r2(moments, PAIR, {}),
-        "heldout: 1 rows": lambda: component_r2(moments, PAIR, {PAIR: (student[:1], teacher[:1])}),
+        "heldout: has no states": lambda: component_r2(moments, PAIR, {}),
+        "heldout: 1 states": lambda: component_r2(moments, PAIR, {PAIR: (student[:1], teacher[:1])}),
         "groups: given without": lambda: suggest_rank(moments, groups=[0, 1]),
         "groups: 1 responses": lambda: suggest_rank(moments, heldout, [0] * 300),
         "groups: 2 responses": lambda: suggest_rank(moments, heldout, [0, 1]),
-        "different numbers of rows": lambda: suggest_rank(
+        "different numbers of states": lambda: suggest_rank(
             seen(student, teacher, [(1, 1), (2, 2)]),
             {(1, 1): (student, teacher), (2, 2): (student[:9], teacher[:9])},
         ),
         "heldout: is empty, or": lambda: suggest_rank(moments, {}),
-        "targets: 2 rows": lambda: fit_sgd(student, teacher[:2]),
+        "targets: 2 for": lambda: fit_sgd(student, teacher[:2]),
     }
     for says, call in cases.items():
         with pytest.raises(ValueError, match=says) as caught:
@@ -235,7 +228,7 @@ def test_spectrum_is_numpys_and_merging_keeps_the_signs():
     np.testing.assert_allclose(
         pca_spectrum(whole, PAIR), np.linalg.eigvalsh(np.cov(teacher.T))[::-1], rtol=1e-10
     )
-    a, b = fit_ridge(whole, PAIR), fit_ridge(halves, PAIR)
+    a, b = fit_ridge(whole[PAIR]), fit_ridge(halves[PAIR])
     assert torch.allclose(a.directions, b.directions, atol=1e-8) and torch.allclose(
         a.weights, b.weights, atol=1e-8
     )
@@ -243,13 +236,13 @@ def test_spectrum_is_numpys_and_merging_keeps_the_signs():
 
 def test_ridge_is_the_textbooks_and_has_no_unit():
     student, teacher = gaussian(200)
-    fit = fit_ridge(seen(student, teacher), PAIR, ridge=0.3)
+    fit = fit_ridge(seen(student, teacher)[PAIR], ridge=0.3)
     x, z = student - student.mean(0), fit.teacher(teacher)
     kappa = 0.3 * x.square().sum() / 5  # n - 1 times the relative penalty
     assert torch.allclose(
         fit.weights, torch.linalg.solve(x.T @ x + kappa * torch.eye(5).double(), x.T @ z), atol=1e-10
     )
-    scaled = fit_ridge(seen(1000 * student, teacher), PAIR, ridge=0.3)
+    scaled = fit_ridge(seen(1000 * student, teacher)[PAIR], ridge=0.3)
     assert torch.allclose(scaled.student(1000 * student), fit.student(student), atol=1e-9)
     hat = x @ torch.linalg.solve(x.T @ x + kappa * torch.eye(5).double(), x.T)
     assert torch.allclose(fit.degrees_of_freedom, hat.trace())
@@ -265,7 +258,7 @@ def test_a_rank_deficient_teacher_gives_finite_numbers():
 
 def test_fewer_rows_than_dimensions():
     student, teacher = gaussian(40, d_student=60, d_teacher=20)
-    fit = fit_ridge(seen(student, teacher), PAIR)
+    fit = fit_ridge(seen(student, teacher)[PAIR])
     assert torch.isfinite(fit.weights).all() and (fit.degrees_of_freedom < 40 / 3).all()
 
 
@@ -273,7 +266,7 @@ def test_error_decomposition_is_a_distance_and_its_steps_ask_one_half():
     student, teacher = gaussian(5000)
     moments = seen(student, teacher)
     fit, errors = (
-        fit_ridge(moments, PAIR, ridge=0),
+        fit_ridge(moments[PAIR], ridge=0),
         error_decomposition(moments, PAIR, {PAIR: (student, teacher)}, ridge=0),
     )
     y, said = teacher - teacher.mean(0), fit.student(student) @ fit.directions.T
@@ -349,7 +342,7 @@ def test_interval_repeats_with_its_seed_and_covers_blocks():
     moments, heldout = seen(rows.student, rows.teacher), {PAIR: (rows.student, rows.teacher)}
     a, b = (suggest_rank(moments, heldout, rows.responses.tolist(), seed=3) for _ in range(2))
     assert (a.low, a.high) == (b.low, b.high) and a.low <= a.rank <= a.high and "64 responses" in str(a)
-    assert "50 blocks of neighbouring rows" in str(suggest_rank(moments, heldout))
+    assert "50 blocks of neighbouring states" in str(suggest_rank(moments, heldout))
     assert suggest_rank(moments).low is None
 
 
@@ -376,7 +369,7 @@ def test_closed_form_beats_the_recipe_at_every_rank(share, length):
     )
     first = rows.responses < 8192 // length
     moments = seen(rows.student[first], rows.teacher[first])
-    chosen, plain = fit_ridge(moments, PAIR), fit_ridge(moments, PAIR, ridge=1e-6)
+    chosen, plain = fit_ridge(moments[PAIR]), fit_ridge(moments[PAIR], ridge=1e-6)
     x, x_new = rows.student[first].double(), rows.student[~first].double()
     z, z_new = chosen.teacher(rows.teacher[first]), chosen.teacher(rows.teacher[~first])
     for rate in (1e-3, 1e-2):
@@ -398,7 +391,7 @@ def test_all_ranks_in_closed_form_cost_less_than_a_fiftieth_of_the_recipe():
         256, 100 * torch.arange(1, 257) ** -1.2, torch.full((256,), 0.95), d_student=256, response_length=16
     )
     with measured() as closed:
-        fit = fit_ridge(seen(rows.student, rows.teacher), PAIR)
+        fit = fit_ridge(seen(rows.student, rows.teacher)[PAIR])
     with measured() as cheapest:
         fit_sgd(rows.student, fit.teacher(rows.teacher, 1))
     assert 256 * cheapest.seconds > 50 * closed.seconds  # 256 runs, each as cheap as the one at rank 1

@@ -7,7 +7,7 @@ __all__ = ['HELD_OUT_STATES', 'project', 'Projectors', 'projector_tensors', 'sco
            'stored_ranks', 'choose_rank', 'Bridge', 'CollectedStates', 'collect_moments', 'refit_by_sgd', 'fit_bridge']
 
 # %% ../../nbs/12_bridge/02_pca.ipynb #00000004
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,13 +17,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .base import HELD_OUT, BridgeBase, BridgeMetadata, ModelSpec, spec_of
+from .base import HELD_OUT, BridgeBase, BridgeMetadata, ModelSpec
 from ..capture import at_least_float32, num_layers_of
 from ..core import Layers, Positions, Rollouts
 from ..pairing.layers import pair_layers
-from ..probing.states import paired_states, split_by_response
+from oprd_nb.probing.states import (
+    PairedStates,
+    join_states,
+    moments_and_heldout,
+    paired_states,
+    split_by_response,
+)
 from ..structure.moments import LayerPair, Moments
-from ..structure.ranks import RidgeFit, fit_ridge, fit_sgd, prefix_cosine, rank_curve, suggest_rank
+from ..structure.ranks import rank_curve, suggest_rank
+from ..structure.ridge import Fits, RidgeFit, fit_all, fit_sgd, prefix_cosine
 from ..teachers import Teacher
 
 # %% ../../nbs/12_bridge/02_pca.ipynb #7a3b0c01
@@ -153,14 +160,16 @@ def choose_rank(
     moments: Moments,
     heldout: Mapping[LayerPair, tuple[Tensor, Tensor]] | None = None,
     groups: Int[Tensor, "heldout"] | None = None,
-    ridge: float | None = None,
+    fits: Fits | None = None,
 ) -> int:
     """The given rank, checked, or for "auto" the one that `suggest_rank` finds.
+
+    `fits` as `fit_all` returns them.
 
     ValueError for a rank the teacher does not have, or if no rank is better than none.
     """
     if rank == "auto":
-        suggested = suggest_rank(moments, heldout, groups, ridge).rank
+        suggested = suggest_rank(moments, heldout, groups, fits=fits).rank
         if suggested == 0:
             raise ValueError(
                 "rank='auto': the student predicts no component well enough; at every rank the "
@@ -198,13 +207,14 @@ class Bridge(RankedProjectors):
                 f"moments: layer_pairs {moments.layer_pairs} name a student layer twice; "
                 "a bridge has one map per student layer"
             )
-        rank = choose_rank(rank, moments, heldout, groups, ridge)
+        fits = fit_all(moments, ridge)
+        rank = choose_rank(rank, moments, heldout, groups, fits)
         tensors = {}
         for pair in moments.layer_pairs:
-            tensors |= projector_tensors(fit_ridge(moments, pair, ridge), pair[0], rank)
+            tensors |= projector_tensors(fits[pair], pair[0], rank)
         scores = []
         if heldout is not None:
-            curve = rank_curve(moments, heldout, stored_ranks(rank, moments.d_teacher), ridge)
+            curve = rank_curve(moments, heldout, stored_ranks(rank, moments.d_teacher), fits=fits)
             scores = curve.drop(columns="cosine_untrained").to_dict("records")
         header = BridgeMetadata(
             layer_pairs=moments.layer_pairs,
@@ -236,15 +246,6 @@ class CollectedStates:
     fitted: dict[LayerPair, tuple[Tensor, Tensor]]
     """Every state that the moments have seen, if `keep_fitted`; else empty."""
 
-
-def _join(parts: dict[LayerPair, list[tuple[Tensor, Tensor]]]) -> dict[LayerPair, tuple[Tensor, Tensor]]:
-    """The batches of each layer pair as one."""
-    joined = {}
-    for pair, batches in parts.items():
-        student, teacher = zip(*batches, strict=True)
-        joined[pair] = (torch.cat(student), torch.cat(teacher))
-    return joined
-
 # %% ../../nbs/12_bridge/02_pca.ipynb #00000010
 def collect_moments(
     student: nn.Module,
@@ -266,39 +267,24 @@ def collect_moments(
     chosen = Layers(layers).of(num_layers_of(student))
     pairs = pair_layers(num_layers_of(student), num_layers_of(teacher.model))
     pairs = [(s, t) for s, t in pairs if s in chosen]
-    device = next(student.parameters()).device
-    # Moments are float64, which Apple's GPUs do not have: only CUDA devices keep them.
-    moments_device = device if device.type == "cuda" else "cpu"
-    moments = Moments(pairs, spec_of(student).width, spec_of(teacher.model).width, moments_device)
-
     held = split_by_response(torch.arange(len(rollouts)), HELD_OUT)
     selected = positions.mask(rollouts.response_mask).cpu()
     share = HELD_OUT_STATES / max(int(selected[held].sum()), 1)
-    generator = torch.Generator().manual_seed(0)
-    heldout = {pair: [] for pair in pairs}
-    fitted = {pair: [] for pair in pairs}
-    groups = []
-    num_paired = 0
-    student_layers, teacher_layers = zip(*pairs, strict=True)
-    for batch in paired_states(
-        student, teacher, rollouts, tokenizer, (student_layers, teacher_layers), positions, final_norm
-    ):
-        batch = batch.take(batch.offset == 0)
-        num_paired += len(batch)
-        response = batch.response.cpu()
-        drawn = torch.rand(len(batch), generator=generator) < share
-        groups.append(response[held[response] & drawn])
-        to_fit = (~held[response]).to(device)
-        to_score = (held[response] & drawn).to(device)
-        for s, t in pairs:
-            states = (batch.student[s][to_fit], batch.teacher[t][to_fit])
-            moments.update((s, t), *states)
-            heldout[s, t].append((batch.student[s][to_score].cpu(), batch.teacher[t][to_score].cpu()))
+    layer_numbers = tuple(zip(*pairs, strict=True))
+    batches = paired_states(student, teacher, rollouts, tokenizer, layer_numbers, positions, final_norm)
+    fitted = []
+
+    def at_shared_boundaries() -> Iterator[PairedStates]:
+        for batch in batches:
+            batch = batch.take(batch.offset == 0)
             if keep_fitted:
-                fitted[s, t].append((states[0].cpu(), states[1].cpu()))
+                fitted.append(batch.take(~held[batch.response.cpu()]).cpu())
+            yield batch
+
+    moments, heldout, num_paired = moments_and_heldout(at_shared_boundaries(), held, share)
     coverage = num_paired / max(int(selected.sum()), 1)
-    kept = _join(fitted) if keep_fitted else {}
-    return CollectedStates(moments, _join(heldout), torch.cat(groups), coverage, kept)
+    kept = join_states(fitted).by_layer_pair() if keep_fitted else {}
+    return CollectedStates(moments, heldout.by_layer_pair(), heldout.response, coverage, kept)
 
 # %% ../../nbs/12_bridge/02_pca.ipynb #7a3b0c0b
 def refit_by_sgd(

@@ -29,8 +29,8 @@ from ..pairing.positions import end_of_turn
 from ..pairing.token_bytes import fingerprint
 from ..probing.states import paired_states, split_by_response
 from ..rollouts.prompts import encode_prompts
-from ..structure.moments import CHUNK, Moments
-from ..structure.ranks import fit_ridge
+from ..structure.moments import CHUNK, PairMoments
+from ..structure.ridge import fit_ridge
 from ..teachers import Teacher
 
 # %% ../../nbs/12_bridge/03_readout.ipynb #00000006
@@ -237,10 +237,10 @@ def ridge_map(
     teacher_hidden: Float[Tensor, "n d_teacher"], student_hidden: Float[Tensor, "n d_student"]
 ) -> AffineMap:
     """Ridge regression of the student's states on the teacher's, with the penalty of `fit_ridge`."""
-    moments = Moments([(0, 0)], teacher_hidden.shape[1], student_hidden.shape[1])
-    moments.update((0, 0), teacher_hidden, student_hidden)
+    moments = PairMoments.empty(teacher_hidden.shape[1], student_hidden.shape[1])
+    moments.update(teacher_hidden, student_hidden)
     # The regression predicts principal components of the student's states: turn them back into states.
-    fit = fit_ridge(moments, (0, 0))
+    fit = fit_ridge(moments)
     weight = fit.directions @ fit.weights.T
     bias = fit.mean_teacher - weight @ fit.mean_student
     return AffineMap(weight.to(teacher_hidden), bias.to(teacher_hidden))

@@ -9,14 +9,19 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "states": ["PairedStates", "paired_states", "collect"],
+        "states": ["PairedStates", "paired_states", "collect", "moments_and_heldout"],
         "similarity": ["position_cosines", "cosine_by_layer", "cka", "cka_matrix", "mutual_knn"],
         "linear": ["linear_probe"],
     },
 )
 
 if TYPE_CHECKING:
-    from .states import PairedStates as PairedStates, paired_states as paired_states, collect as collect
+    from .states import (
+        PairedStates as PairedStates,
+        collect as collect,
+        moments_and_heldout as moments_and_heldout,
+        paired_states as paired_states,
+    )
     from .similarity import (
         position_cosines as position_cosines,
         cosine_by_layer as cosine_by_layer,
