@@ -11,7 +11,6 @@ __all__ = ['LayerKey', 'FINAL', 'backbone_of', 'blocks_of', 'num_layers_of', 'Ca
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,10 +27,12 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
     PEFT wrappers are opened; the adapters, which are parts of the blocks, stay in place.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     return inner.get_decoder() or inner.base_model
 
-# %% ../nbs/04_capture.ipynb #c5aa7ef5
+# %% ../nbs/04_capture.ipynb #2ff61e95
 def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and content of the list of decoder blocks. ValueError if the backbone has no such list."""
     config: Any = backbone.config
@@ -56,41 +57,44 @@ LayerKey = int | str
 FINAL = "final"
 """The head's input: the last block's output after the final norm."""
 
-# %% ../nbs/04_capture.ipynb #b4ea6d35
+# %% ../nbs/04_capture.ipynb #5650d9f8
 class CapturedLayers(Mapping[LayerKey, Tensor]):
     """What a pass captured, by layer. KeyError for a layer that was not, with a list of those that were."""
 
-    entries: Mapping[LayerKey, Any]
+    def __init__(self, entries: Mapping[LayerKey, Any]):
+        self._entries = entries
 
     def _entry(self, layer: LayerKey) -> Any:
-        if layer not in self.entries:
-            raise KeyError(f"layer {layer!r} was not captured; captured are {list(self.entries)}")
-        return self.entries[layer]
+        if layer not in self._entries:
+            raise KeyError(f"layer {layer!r} was not captured; captured are {list(self)}")
+        return self._entries[layer]
 
     def __iter__(self) -> Iterator[LayerKey]:
-        return iter(self.entries)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._entries)
 
 
-@dataclass
 class Captured(CapturedLayers):
-    """Packed hidden states of a frozen pass: `captured[layer]` is (n, d)."""
+    """Packed hidden states of a frozen pass: `captured[layer]` is (n, d).
 
-    entries: dict[LayerKey, Tensor]
-    transformed: frozenset[LayerKey] = frozenset()
-    """Layers of which not the hidden states are here, but what a transform made of them."""
+    `transformed`: layers of which not the hidden states are here, but what a transform made of them.
+    """
 
-    def __getitem__(self, layer: LayerKey) -> Float[Tensor, "n d"]:
+    def __init__(self, states: Mapping[LayerKey, Tensor], transformed: frozenset[LayerKey] = frozenset()):
+        super().__init__(states)
+        self.transformed = transformed
+
+    def __getitem__(self, layer: LayerKey) -> Tensor:
         return self._entry(layer)
 
 
-@dataclass
 class CapturedWithGrad(CapturedLayers):
     """Hidden states of a pass with gradients: `captured[layer]` selects them anew, (n, d), each time."""
 
-    entries: dict[LayerKey, Callable[[], Tensor]]
+    def __init__(self, selections: Mapping[LayerKey, Callable[[], Tensor]]):
+        super().__init__(selections)
 
     def __getitem__(self, layer: LayerKey) -> Float[Tensor, "n d"]:
         return self._entry(layer)()
@@ -118,7 +122,7 @@ def flat_positions(
         )
     return rows
 
-# %% ../nbs/04_capture.ipynb #8fe9c750
+# %% ../nbs/04_capture.ipynb #143b42d4
 def position_ids_of(attention_mask: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
     """Position ids counted from the first real token.
 
@@ -141,7 +145,7 @@ def truncated_to(backbone: nn.Module, depth: int) -> Iterator[None]:
     finally:
         setattr(backbone, name, blocks)
 
-# %% ../nbs/04_capture.ipynb #e6c06231
+# %% ../nbs/04_capture.ipynb #3fc0d228
 @contextmanager
 def forward_hooks(
     blocks: nn.ModuleList, layers: list[int], fn: Callable[[int, Tensor], Tensor | None]
@@ -167,7 +171,7 @@ def forward_hooks(
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/04_capture.ipynb #c1582759
+# %% ../nbs/04_capture.ipynb #eaacfc38
 def _refuse_reentrant(blocks: nn.ModuleList) -> None:
     """ValueError for reentrant checkpointing, which drops the gradients of hidden states silently."""
     block = blocks[0]
@@ -219,11 +223,11 @@ class _SparseSelect(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A sparse (batch, time, d) tensor; autograd adds it to the dense gradient from the blocks above."""
         time = ctx.shape[1]
         coordinates = torch.stack([ctx.index // time, ctx.index % time])
-        return torch.sparse_coo_tensor(coordinates, upstream, ctx.shape, check_invariants=False), None
+        return torch.sparse_coo_tensor(coordinates, grad_outputs[0], ctx.shape, check_invariants=False), None
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -236,8 +240,9 @@ class _DenseGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient as a dense tensor, which the block below expects."""
+        (upstream,) = grad_outputs
         return upstream.to_dense() if upstream.is_sparse else upstream
 
 # %% ../nbs/04_capture.ipynb #00000013
@@ -279,7 +284,7 @@ def _run_backbone(
     for key in after_norm:
         fn(key, last)
 
-# %% ../nbs/04_capture.ipynb #0f56ecd7
+# %% ../nbs/04_capture.ipynb #09733b85
 @torch.no_grad()
 def capture_frozen(
     model: nn.Module,
@@ -296,7 +301,8 @@ def capture_frozen(
     result is captured in their place.
     """
     transforms = transforms or {}
-    index = {key: flat_positions(rows, tuple(input_ids.shape)) for key, rows in rows_by_layer.items()}
+    batch, time = input_ids.shape
+    index = {key: flat_positions(rows, (batch, time)) for key, rows in rows_by_layer.items()}
     buffer = ActivationBuffer({key: len(rows) for key, rows in index.items() if key not in transforms})
     states: dict[LayerKey, Tensor] = {}
 
@@ -312,7 +318,7 @@ def capture_frozen(
     transformed = frozenset(key for key in rows_by_layer if key in transforms)
     return Captured({key: states[key] for key in rows_by_layer}, transformed)
 
-# %% ../nbs/04_capture.ipynb #e994e29f
+# %% ../nbs/04_capture.ipynb #5df8ffbb
 def capture_with_grad(
     model: nn.Module,
     input_ids: Int[Tensor, "batch time"],
@@ -322,7 +328,8 @@ def capture_with_grad(
 ) -> CapturedWithGrad:
     """One pass of the backbone with gradients; `rows_by_layer` as in `capture_frozen`."""
     _refuse_reentrant(blocks_of(backbone_of(model))[1])
-    index = {key: flat_positions(rows, tuple(input_ids.shape)) for key, rows in rows_by_layer.items()}
+    batch, time = input_ids.shape
+    index = {key: flat_positions(rows, (batch, time)) for key, rows in rows_by_layer.items()}
     states: dict[LayerKey, Callable[[], Tensor]] = {}
 
     def remember(key: LayerKey, hidden: Tensor) -> Tensor:
@@ -335,7 +342,7 @@ def capture_with_grad(
     _run_backbone(model, input_ids, attention_mask, rows_by_layer, final_norm, remember)
     return CapturedWithGrad({key: states[key] for key in rows_by_layer})
 
-# %% ../nbs/04_capture.ipynb #5c554e7c
+# %% ../nbs/04_capture.ipynb #fbfc4050
 def capture_each(
     model: nn.Module,
     input_ids: Int[Tensor, "batch time"],
@@ -370,17 +377,26 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _gather(head: nn.Module) -> None:
+    """Gather the head's weight where FSDP2 shards the head by itself.
+
+    It would be gathered when the head is called; a pass of the backbone never calls it.
+    """
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
 def lm_head_of(model: nn.Module) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n vocabulary"]]:
     """The model's LM head as a function of final hidden states; logits are at least float32.
 
     It applies the logit scale and the soft cap of the model's family.
     Where FSDP2 shards the head by itself, its weight is gathered.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
-    if isinstance(head, FSDPModule):
-        # A pass of the backbone gathers the blocks' weights and not the head's, which it never calls.
-        head.unshard()
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    head: Any = base.get_output_embeddings()
+    _gather(head)
     config = base.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)

@@ -144,7 +144,7 @@ def test_special_tokens_inside_a_response_end_what_can_be_trusted(tokenizers):
     ids = student("the sum", add_special_tokens=False)["input_ids"]
     prompts = [[{"role": "user", "content": "?"}]]
     rollouts = Rollouts.from_ids([[5]], [[*ids, user, *ids, student.eos_token_id]], 0, prompts)
-    with pytest.warns(UserWarning, match="have a teacher row"):
+    with pytest.warns(UserWarning, match="are paired"):
         pairs = pair_positions(rollouts, student, teacher, min_coverage=0.1)
     assert pairs.coverage == pytest.approx(len(ids) / (2 * len(ids) + 2))
     with pytest.raises(ValueError, match="min_coverage=0.9"):
@@ -191,7 +191,7 @@ def test_align_is_the_last_boundary_at_or_before(ours, theirs):
     import numpy as np
 
     student, teacher = np.cumsum(ours), np.cumsum(theirs)
-    index, offset = _align(student, teacher, trusted=int(student[-1]))
+    index, offset = _align(student, teacher, aligned_prefix=int(student[-1]))
     for end, i, o in zip(student, index, offset, strict=True):
         boundaries = [0, *teacher]
         assert boundaries[i] + o == end and (i == len(teacher) or boundaries[i + 1] > end)

@@ -708,7 +708,7 @@ def test_too_little_coverage_names_the_responses():
         ValueError, match=r"min_coverage=0.9: only .*response 1: 0%, response 0: 100%.*lower min_coverage"
     ):
         pair_positions(rollouts, student, teacher, min_coverage=0.9)
-    with pytest.warns(UserWarning, match=r"only .* have a teacher row \(response 1: 0%"):
+    with pytest.warns(UserWarning, match=r"only .* are paired \(response 1: 0%"):
         pairs = pair_positions(rollouts, student, teacher, min_coverage=0.1)
     assert pairs.coverage_by_response.tolist() == [1.0, 0.0]
 

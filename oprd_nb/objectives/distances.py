@@ -7,6 +7,7 @@ __all__ = ['DISTANCES', 'CHUNK_POSITIONS', 'Target', 'position_distances']
 
 # %% ../../nbs/20_objectives/01_distances.ipynb #00000002
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Distance between hidden states a and b, both (n, d): one number per position, (n,)."""
 
-# %% ../../nbs/20_objectives/01_distances.ipynb #3a271016
+# %% ../../nbs/20_objectives/01_distances.ipynb #0dee97e7
 class Target:
     """A teacher's hidden states (n, d) for one term, which may overwrite them: `take` hands them over, once.
 
@@ -111,9 +112,10 @@ class _PositionDistances(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient of each position, times what comes from above."""
         (gradient,) = ctx.saved_tensors
+        upstream = grad_outputs[0]  # the cosines, the second output, carry no gradient
         return (at_least_float32(gradient) * upstream[:, None]).to(gradient.dtype), None, None
 
 

@@ -147,7 +147,7 @@ def plan_capture(
             _add(teacher, teacher_layer, mask)
     return CapturePlan(pairs, terms, masks, layer_pairs, student, teacher)
 
-# %% ../../nbs/20_objectives/05_objective.ipynb #9d2c350d
+# %% ../../nbs/20_objectives/05_objective.ipynb #eaf62ad8
 Losses = tuple[Tensor, dict[str, Tensor]]
 """One loss per position (n,), and metrics per position by name."""
 
@@ -194,7 +194,7 @@ def losses_of_terms(
         results.append(term.per_position(inputs))
     return results
 
-# %% ../../nbs/20_objectives/05_objective.ipynb #bd374213
+# %% ../../nbs/20_objectives/05_objective.ipynb #fc6d1ee4
 Result = TypeVar("Result")
 
 

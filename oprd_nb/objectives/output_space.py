@@ -30,14 +30,14 @@ def kl(log_p: Float[Tensor, "n vocabulary"], log_q: Float[Tensor, "n vocabulary"
     """D_KL(p || q) per position, in nats."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-# %% ../../nbs/20_objectives/04_output_space.ipynb #c1a283d2
+# %% ../../nbs/20_objectives/04_output_space.ipynb #ee5bae3e
 def chosen_log_probs(
     logits: Float[Tensor, "n vocabulary"], tokens: Int[Tensor, "n k"]
 ) -> Float[Tensor, "n k"]:
     """`log_probs` of a few tokens per position, without those of the others."""
     return (logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)).clamp(min=-1e4)
 
-# %% ../../nbs/20_objectives/04_output_space.ipynb #3e8bad3e
+# %% ../../nbs/20_objectives/04_output_space.ipynb #c4368be3
 LOGIT_POSITIONS = 128
 """Positions whose logits exist at the same time."""
 
@@ -61,17 +61,15 @@ def in_chunks(loss: LogitLoss, inputs: TermInputs) -> Float[Tensor, "n"]:
     ]
     return torch.cat(losses)
 
-# %% ../../nbs/20_objectives/04_output_space.ipynb #af1a6c57
+# %% ../../nbs/20_objectives/04_output_space.ipynb #f94b39a3
 class OutputTerm(Term):
     """A term that compares next-token distributions at the positions that predict the chosen tokens."""
 
     predicting = True
     needs_head = True
 
-    @property
-    @abstractmethod
-    def metric(self) -> str:
-        """The name under which the loss is logged."""
+    metric: str
+    """The name under which the loss is logged."""
 
     @abstractmethod
     def of_logits(
@@ -166,17 +164,13 @@ class FullKL(OutputTerm):
 
     def __post_init__(self):
         Positions(self.positions)
+        self.metric = f"full/{self.divergence}"
         if self.divergence not in ("reverse", "forward", "jsd"):
             raise ValueError(f"divergence={self.divergence!r}: use 'reverse', 'forward' or 'jsd'")
         if not 0 < self.beta < 1:
             raise ValueError(
                 f"beta={self.beta}: must lie strictly between 0 and 1; its limits are 'forward' and 'reverse'"
             )
-
-    @property
-    def metric(self) -> str:
-        """`full/<divergence>`."""
-        return f"full/{self.divergence}"
 
     def of_logits(
         self,

@@ -55,7 +55,7 @@ class Projection(Protocol):
         """ValueError if these maps were fitted for other models or another norm convention."""
         ...
 
-# %% ../../nbs/20_objectives/03_representation.ipynb #ebaee74e
+# %% ../../nbs/20_objectives/03_representation.ipynb #75facb6f
 class ComparedLayers(Term):
     """The choice of layers: by `layers` and Eq. 11, by the bridge's pairs, or `layer_pairs` as given."""
 
@@ -85,20 +85,21 @@ class ComparedLayers(Term):
         return [*Layers([layer for layer, _ in self.layer_pairs]).of(num_student_layers)]
 
     def compared_layers(self, num_student_layers: int, num_teacher_layers: int) -> list[LayerPair]:
-        """`layer_pairs`, those the bridge was fitted on, or Eq. 11. ValueError for a layer that is not there."""
+        """`layer_pairs`, the bridge's pairs, or Eq. 11. ValueError for a layer that is not there."""
         if self.layer_pairs is not None:
             Layers([layer for _, layer in self.layer_pairs]).of(num_teacher_layers)
-            teacher_layer = dict(self.layer_pairs)
+            known = self.layer_pairs
         elif self.bridge is not None:
-            teacher_layer = dict(self.bridge.layer_pairs)
+            known = self.bridge.layer_pairs
         else:
-            teacher_layer = dict(pair_layers(num_student_layers, num_teacher_layers))
+            known = pair_layers(num_student_layers, num_teacher_layers)
+        teacher_layer: dict[LayerKey, LayerKey] = {**dict(known)}
         chosen = self.student_layers(num_student_layers)
         missing = [layer for layer in chosen if layer not in teacher_layer]
         if missing:
             raise ValueError(
                 f"layers={self.layers!r}: the bridge has no map for student layers {missing}; "
-                f"it has {sorted(teacher_layer)}"
+                f"it has {sorted(layer for layer, _ in known)}"
             )
         return [(layer, teacher_layer[layer]) for layer in chosen]
 

@@ -51,7 +51,7 @@ class TermInputs:
     student_head: Head = no_head
     teacher_head: Head = no_head
 
-# %% ../../nbs/20_objectives/02_terms.ipynb #abe7737b
+# %% ../../nbs/20_objectives/02_terms.ipynb #e3278468
 class Addable:
     """`term + term`, `weight * term`: each gives an `Objective`."""
 
@@ -93,8 +93,8 @@ class Term(Addable, ABC):
     predicting: bool
     """Read the position before each chosen token, whose logits predict it."""
     needs_head: bool = False
-    final_norm: bool | None = None
-    """Convention for the last layer, if this term reads hidden states by layer; else None."""
+    final_norm: Any = None
+    """Convention for the last layer (a bool), if this term reads hidden states by layer; else None."""
     bridge: Any = None
     """Frozen maps that both models' hidden states pass through, if any."""
 
@@ -178,7 +178,7 @@ class Objective(Addable):
             per_response = per_response > 0
         return per_response.sum(1).float()
 
-# %% ../../nbs/20_objectives/02_terms.ipynb #d8080a3f
+# %% ../../nbs/20_objectives/02_terms.ipynb #e236802e
 def as_objective(objective: "Term | Objective") -> Objective:
     """A lone term as an objective of weight 1. ValueError for anything but a term or an objective."""
     return _addable(objective).as_objective()

@@ -12,6 +12,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# %% ../../nbs/07_pairing/01_layers.ipynb #320af178
+def _proportional(num_student_layers: int, num_teacher_layers: int) -> list[tuple[int, int]]:
+    """Eq. 11."""
+    if num_student_layers == 1:
+        return [(1, num_teacher_layers)]
+    step = (num_teacher_layers - 1) / (num_student_layers - 1)
+    return [(l + 1, math.floor(l * step + 0.5) + 1) for l in range(num_student_layers)]
+
+# %% ../../nbs/07_pairing/01_layers.ipynb #07576679
+def _monotone(similarity: Float[Tensor, "student_layers teacher_layers"]) -> list[tuple[int, int]]:
+    """The non-decreasing assignment of greatest total similarity, by dynamic programming."""
+    # best[t]: greatest total so far with the present student layer at teacher layer t.
+    best = similarity[0]
+    came_from = []
+    for row in similarity[1:]:
+        best_up_to, argument = torch.cummax(best, 0)
+        came_from.append(argument)
+        best = best_up_to + row
+    # Back from the last student layer to the first.
+    chosen = [int(best.argmax())]
+    for argument in reversed(came_from):
+        chosen.append(int(argument[chosen[-1]]))
+    return [(l + 1, t + 1) for l, t in enumerate(reversed(chosen))]
+
 # %% ../../nbs/07_pairing/01_layers.ipynb #00000004
 def pair_layers(
     num_student_layers: int,
@@ -19,30 +43,18 @@ def pair_layers(
     how: str = "proportional",
     similarity: Float[Tensor, "student_layers teacher_layers"] | None = None,
 ) -> list[tuple[int, int]]:
-    """(student layer, teacher layer) for every student layer, 1-based: `how="proportional"` is Eq. 11, `"similarity"` follows a matrix."""
+    """(student layer, teacher layer) for every student layer, 1-based.
+
+    `how="proportional"` is Eq. 11; `how="similarity"` follows the matrix `similarity`.
+    """
     if how == "proportional":
-        step = (num_teacher_layers - 1) / max(num_student_layers - 1, 1)
-        if num_student_layers == 1:
-            return [(1, num_teacher_layers)]
-        return [(l + 1, math.floor(l * step + 0.5) + 1) for l in range(num_student_layers)]
+        return _proportional(num_student_layers, num_teacher_layers)
     if how != "similarity":
         raise ValueError(f"how={how!r}: use 'proportional' or 'similarity'")
     if similarity is None or tuple(similarity.shape) != (num_student_layers, num_teacher_layers):
         shape = None if similarity is None else tuple(similarity.shape)
         raise ValueError(
-            f"similarity: shape {shape}; how='similarity' needs one of ({num_student_layers}, {num_teacher_layers})"
+            f"similarity: shape {shape}; how='similarity' needs one of "
+            f"({num_student_layers}, {num_teacher_layers})"
         )
     return _monotone(torch.as_tensor(similarity, dtype=torch.float64))
-
-
-def _monotone(similarity: Float[Tensor, "student_layers teacher_layers"]) -> list[tuple[int, int]]:
-    """The non-decreasing assignment of greatest total similarity, by dynamic programming."""
-    best, back = similarity[0], []
-    for row in similarity[1:]:
-        running, arg = torch.cummax(best, 0)
-        back.append(arg)
-        best = running + row
-    teacher = [int(best.argmax())]
-    for arg in reversed(back):
-        teacher.append(int(arg[teacher[-1]]))
-    return [(l + 1, t + 1) for l, t in enumerate(reversed(teacher))]

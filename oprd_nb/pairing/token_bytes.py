@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,64 +21,76 @@ from transformers import PreTrainedTokenizerBase
 _MEMORY: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _remembered(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What has been found out about `tokenizer`, by name; empty again as soon as its tokens or rules change."""
-    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-    parts = [backend.normalizer, backend.pre_tokenizer, backend.decoder] if backend else []
-    state = [
-        len(tokenizer),
-        tokenizer.all_special_ids,
-        str(tokenizer.chat_template),
-        *(None if part is None else part.__getstate__() for part in parts),
-    ]
-    known, found = _MEMORY.get(tokenizer, (None, {}))
+def _remembered(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What was computed for `tokenizer`, by name; empty again as soon as its tokens or rules change."""
+    rules = []
+    if tokenizer.is_fast:
+        backend: Any = tokenizer.backend_tokenizer
+        rules = [backend.normalizer, backend.pre_tokenizer, backend.decoder]
+    state = [len(tokenizer), tokenizer.all_special_ids, str(tokenizer.chat_template)]
+    state += [None if rule is None else rule.__getstate__() for rule in rules]
+    known, memory = _MEMORY.get(tokenizer, (None, {}))
     if known != state:
-        found = {}
-        _MEMORY[tokenizer] = state, found
-    return found
+        memory = {}
+        _MEMORY[tokenizer] = state, memory
+    return memory
+
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #e6fbaa7b
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The serialised rules of a fast tokenizer; of a slow one, written in Python, an empty model."""
+    if not tokenizer.is_fast:
+        return {"model": {}}
+    backend: Any = tokenizer.backend_tokenizer
+    return json.loads(backend.to_str())
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> dict[str, Any]:
+    """What else is switched on that changes ids.
+
+    Options of the model, added tokens that swallow spaces, a slow tokenizer's own code.
+    """
+    known = ("type", "vocab", "merges", "unk_token")
+    settings = {name: value for name, value in model.items() if value and name not in known}
+    flags = {
+        i: (token.lstrip, token.rstrip, token.single_word)
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.lstrip or token.rstrip or token.single_word
+    }
+    if flags:
+        settings["added"] = flags
+    if not tokenizer.is_fast:
+        settings["class"] = type(tokenizer).__name__
+    return settings
 
 # %% ../../nbs/07_pairing/02_token_bytes.ipynb #00000006
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Sixteen hex digits that two tokenizers share exactly if they map text to the same ids."""
-    found = _remembered(tokenizer)
-    if "fingerprint" not in found:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
+    memory = _remembered(tokenizer)
+    if "fingerprint" not in memory:
+        rules = _rules(tokenizer)
         model = rules["model"]
-        how = model.get("merges") or (
-            model.get("vocab") if isinstance(model.get("vocab"), list) else None
-        )  # Unigram keeps its scores there
+        cuts = model.get("merges")
+        if not cuts and isinstance(model.get("vocab"), list):
+            cuts = model["vocab"]  # a Unigram model keeps its scores there
         content = [
             sorted(tokenizer.get_vocab().items()),
             {part: rules.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")},
-            how,
+            cuts or None,
         ]
-        content += [settings] if (settings := _settings(tokenizer, model)) else []
-        found["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return found["fingerprint"]
-
-
-def _settings(tokenizer: PreTrainedTokenizerBase, model: dict) -> dict:
-    """What else is switched on that changes ids: the model's options, added tokens that swallow spaces, a slow tokenizer's own code."""
-    on = {
-        name: value
-        for name, value in model.items()
-        if value and name not in ("type", "vocab", "merges", "unk_token")
-    }
-    flags = {
-        i: (t.lstrip, t.rstrip, t.single_word)
-        for i, t in tokenizer.added_tokens_decoder.items()
-        if t.lstrip or t.rstrip or t.single_word
-    }
-    return (
-        on
-        | ({"added": flags} if flags else {})
-        | ({} if tokenizer.is_fast else {"class": type(tokenizer).__name__})
-    )
+        settings = _settings(tokenizer, model)
+        if settings:
+            content.append(settings)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        memory["fingerprint"] = digest[:16]
+    return memory["fingerprint"]
 
 # %% ../../nbs/07_pairing/02_token_bytes.ipynb #00000009
 @lru_cache(maxsize=1)
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: printable latin-1 stands for itself, every other byte is moved above 255."""
+    """GPT-2's printable characters for bytes.
+
+    Printable latin-1 stands for itself, every other byte is moved above 255.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
@@ -87,64 +99,76 @@ def _byte_alphabet() -> dict[str, int]:
 def _byte_level(token: str) -> bytes:
     """The bytes of a byte-level token; a token of other characters stands for itself."""
     alphabet = _byte_alphabet()
-    return bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+    if all(character in alphabet for character in token):
+        return bytes(alphabet[character] for character in token)
+    return token.encode()
 
-
-def _asked(
-    decode: Callable[[list[str]], str], vocabulary: list[str], fallback: bool
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #e68de581
+def _between_anchors(
+    decode: Callable[[list[str]], str], vocabulary: list[str], byte_fallback: bool
 ) -> Callable[[str], bytes]:
-    """Bytes of a token by decoding it between two anchors; `<0xE4>` is a byte where the tokenizer has byte fallback."""
-    anchor = min(
-        (t for t in vocabulary if t.isascii() and t.isalnum()), key=lambda t: (len(t), t), default="a"
-    )
+    """Bytes of a token by decoding it between two anchors, the shortest plain word of the vocabulary.
+
+    With `byte_fallback`, a token such as `<0xE4>` is a byte.
+    """
+    words = [token for token in vocabulary if token.isascii() and token.isalnum()]
+    anchor = min(words, key=lambda token: (len(token), token), default="a")
     head = decode([anchor])
     tail = decode([anchor, anchor])[len(head) :]
 
-    def piece(token: str) -> bytes:
-        if fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
+    def bytes_of(token: str) -> bytes:
+        if byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
-        shown = decode([anchor, token, anchor])
-        between = len(shown) >= len(head) + len(tail) and shown.startswith(head) and shown.endswith(tail)
-        return (shown[len(head) : len(shown) - len(tail)] if between else token).encode(
-            errors="surrogatepass"
-        )
+        text = decode([anchor, token, anchor])
+        found = len(text) >= len(head) + len(tail) and text.startswith(head) and text.endswith(tail)
+        if found:
+            token = text[len(head) : len(text) - len(tail)]
+        return token.encode(errors="surrogatepass")
 
-    return piece
+    return bytes_of
 
 # %% ../../nbs/07_pairing/02_token_bytes.ipynb #0000000c
-class _Letters(NamedTuple):
-    """How a tokenizer spells: bytes of each id (None for special ones), their lengths (-1 for none, and once more at the end), and whether names alone tell."""
+class _TokenBytes(NamedTuple):
+    """The bytes of a tokenizer's tokens.
+
+    `pieces`: bytes of each id, None for special ones. `exact`: whether the tokens' names alone give them.
+    `lengths`: of each piece, -1 for None; one more -1 at the end is for ids outside the vocabulary.
+    """
 
     pieces: list[bytes | None]
     lengths: np.ndarray
     exact: bool
 
 
-def _letters(tokenizer: PreTrainedTokenizerBase) -> _Letters:
-    """The `_Letters` of a tokenizer, worked out once."""
-    found = _remembered(tokenizer)
-    if "letters" not in found:
-        vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-        rules = (
-            json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-            if tokenizer.is_fast
-            else ""
-        )
-        exact = '"ByteLevel"' in rules or hasattr(tokenizer, "byte_decoder")
-        fallback = '"ByteFallback"' in rules or (not tokenizer.is_fast and "<0x00>" in vocab)
-        plain = [token for token, i in vocab.items() if i not in added]
-        piece = _byte_level if exact else _asked(tokenizer.convert_tokens_to_string, plain, fallback)
-        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        pieces: list[bytes | None] = [None] * (max(vocab.values()) + 1)
-        for token, i in vocab.items():
-            pieces[i] = (
-                None if i in special else added[i].content.encode() if i in added else piece(token) or None
-            )
-        lengths = np.array([-1 if p is None else len(p) for p in [*pieces, None]])
-        found["letters"] = _Letters(pieces, lengths, exact)
-    return found["letters"]
+def _bytes_of_all(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
+    """The bytes of every token of the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.added_tokens_decoder
+    decoder = json.dumps(_rules(tokenizer).get("decoder"))
+    exact = '"ByteLevel"' in decoder or hasattr(tokenizer, "byte_decoder")
+    bytes_of = _byte_level
+    if not exact:
+        byte_fallback = '"ByteFallback"' in decoder or (not tokenizer.is_fast and "<0x00>" in vocabulary)
+        plain = [token for token, i in vocabulary.items() if i not in added]
+        bytes_of = _between_anchors(tokenizer.convert_tokens_to_string, plain, byte_fallback)
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    pieces: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, i in vocabulary.items():
+        if i in special:
+            continue
+        pieces[i] = added[i].content.encode() if i in added else bytes_of(token) or None
+    lengths = np.array([-1 if piece is None else len(piece) for piece in [*pieces, None]])
+    return _TokenBytes(pieces, lengths, exact)
 
 
+def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
+    """`_bytes_of_all`, computed once per tokenizer."""
+    memory = _remembered(tokenizer)
+    if "bytes" not in memory:
+        memory["bytes"] = _bytes_of_all(tokenizer)
+    return memory["bytes"]
+
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #23653fcf
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """For every id, the bytes of text it stands for; None for special tokens and ids that are none."""
-    return _letters(tokenizer).pieces
+    """For every id, the bytes of text it stands for; None for special tokens and ids without a token."""
+    return _token_bytes(tokenizer).pieces
