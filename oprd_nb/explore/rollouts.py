@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SAMPLE_COLUMNS', 'is_of_kind', 'Answers', 'read_samples', 'read_scores', 'answers_of', 'response_html',
-           'page_html', 'BrowserControls', 'RolloutBrowser']
+           'page_html', 'page_figure', 'BrowserControls', 'RolloutBrowser']
 
 # %% ../../nbs/31_explore/05_rollouts.ipynb #00000002
 from collections.abc import Mapping, Sequence
@@ -167,6 +167,20 @@ def page_html(answers: Answers, key: tuple[int, int], score: str, tops: Mapping[
         f'<div style="color:#444;font-size:13px;margin-top:8px">{legend}</div></div>'
     )
 
+# %% ../../nbs/31_explore/05_rollouts.ipynb #f1a00010
+def page_figure(answers: Answers, key: tuple[int, int], score: str, tops: Mapping[str, float]) -> go.Figure:
+    """One problem's scored responses as a static figure. ValueError where none was scored."""
+    responses = {}
+    for name, table in answers.tokens.items():
+        if key in table.index:
+            correct = answers.samples[name].loc[key, "correct"]
+            responses[f"{name}: {'✓ right' if correct else '✗ wrong'}"] = table.loc[[key]]
+    if not responses:
+        raise ValueError(f"problem={key[0]}: its responses were not scored; there is nothing to colour")
+    first = next(iter(answers.samples.values())).loc[key]
+    title = f"{escape(str(first['prompt'])[:60])}, answer {escape(str(first['answer'])[:20])}"
+    return token_figure(responses, score, tops[score], title)
+
 # %% ../../nbs/31_explore/05_rollouts.ipynb #f1a0000b
 class BrowserControls:
     """The widgets of the browser: `score`, `kind`, `place`, `previous` and `next`."""
@@ -232,16 +246,7 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
     def figure(self) -> go.Figure:
         """What is shown, as a static figure. ValueError where the response was not scored."""
         key = self.listed[self.place.value - 1]
-        responses = {}
-        for name, table in self.answers.tokens.items():
-            if key in table.index:
-                correct = self.answers.samples[name].loc[key, "correct"]
-                responses[f"{name}: {'✓ right' if correct else '✗ wrong'}"] = table.loc[[key]]
-        if not responses:
-            raise ValueError(f"problem={key[0]}: its responses were not scored; there is nothing to colour")
-        first = next(iter(self.answers.samples.values())).loc[key]
-        title = f"{escape(str(first['prompt'])[:60])}, answer {escape(str(first['answer'])[:20])}"
-        return token_figure(responses, self.score.value, self.tops[self.score.value], title)
+        return page_figure(self.answers, key, self.score.value, self.tops)
 
     def _list(self) -> None:
         """List the responses of the chosen kind, and show the first."""

@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from ..plots.page import left_out
 from ..plots.theme import base_figure
 from ..utils import OKABE_ITO
 
@@ -102,7 +103,7 @@ def text_html(tokens: pd.DataFrame, score: str, top: float, head: int = 500, tai
         values = span[score].astype(float)
         columns = zip(span["text"], values, span["position"], strict=True)
         texts.append("".join(token_html(text, score, value, top, at) for text, value, at in columns))
-    return f"<i>\n… {len(tokens) - head - tail:,} tokens left out …\n</i>".join(texts)
+    return f"\n{left_out(len(tokens) - head - tail, 'tokens')}\n".join(texts)
 
 # %% ../../nbs/31_explore/04_tokens.ipynb #f1900011
 def chip_html(colour: str, text: str) -> str:

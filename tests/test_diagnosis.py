@@ -1,0 +1,186 @@
+"""The diagnosis of a pair: the rule, the report, and the folder that `oprd probe` writes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oprd_nb import diagnosis
+from oprd_nb.cli.probe import ProbeArguments, probe_pair
+from oprd_nb.diagnosis import Measured, diagnose, read_tokens, recommend
+from oprd_nb.explore.layers import LayerExplorer, RankExplorer
+from oprd_nb.models.pairs import embedded
+from oprd_nb.probing.similarity import cka
+from oprd_nb.probing.states import collect, join_states
+from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.structure import ridge
+from oprd_nb.teachers import Teacher
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return embedded("same")
+
+
+@pytest.fixture(scope="module")
+def teacher(pair):
+    return Teacher(pair.teacher, pair.teacher_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rollouts(pair):
+    sampler = HFSampler(pair.student, pair.tokenizer)
+    return sampler.sample(pair.task.test["prompt"][:32], max_new_tokens=40, seed=3)
+
+
+@pytest.fixture(scope="module")
+def report(pair, teacher, rollouts):
+    return diagnose(pair.student, teacher, rollouts, pair.tokenizer)
+
+
+@given(st.floats(-0.2, 0.95), st.floats(0, 1), st.integers(0, 64), st.floats(0, 1))
+def test_the_rule(shuffled, share, rank, coverage):
+    cosine = shuffled + share * (1 - shuffled)
+    recommended = recommend(Measured((8, 8), cosine, shuffled, rank, 0.5, coverage))
+    without_cosine = "bridge" if rank and coverage >= 0.9 else "readout"
+    expected = "oprd" if share > 0.501 else without_cosine
+    assert recommended.method == expected or abs(share - 0.5) <= 0.001
+    assert (recommended.rank == rank) == (recommended.method == "bridge")
+    assert "\n" not in str(recommended)
+    other_width = recommend(Measured((8, 9), np.nan, np.nan, rank, 0.5, coverage))
+    assert other_width.method == without_cosine
+
+
+def test_tables_agree_with_the_functions_they_come_from(pair, teacher, rollouts, report):
+    states = join_states(collect(pair.student, teacher, rollouts, pair.tokenizer))
+    counts = report.counts
+    assert counts["requested"] == counts["paired"] == len(states) == len(report.tokens)
+    assert len(states) == int(rollouts.response_lengths.sum())
+    assert counts["sampled"] == len(states)
+    assert 0.5 * len(states) < counts["fitted"] < 0.8 * len(states)
+    expected = [cka(states.student[s], states.teacher[t]) for s, t in states.layer_pairs]
+    assert np.allclose(report.layers["cka"], expected, atol=1e-8)
+    assert np.allclose(report.layers["cosine"], report.tokens[[1, 2, 3, 4]].mean())
+    assert report.matrix.shape == (4, 4)
+    assert report.layers["rank"].tolist() == report.ranks.layers["rank"].tolist()
+    assert len(report.curve) == len(report.components) == 4 * 96
+
+
+def test_a_sample_is_a_sample_of_pairs(pair, teacher, rollouts, report, monkeypatch):
+    monkeypatch.setattr(diagnosis, "SAMPLED", 400)
+    monkeypatch.setattr(diagnosis, "NEIGHBOURS", 200)
+    thin = diagnose(pair.student, teacher, rollouts, pair.tokenizer)
+    assert thin.counts["sampled"] == 200
+    assert thin.counts["fitted"] == report.counts["fitted"]
+    assert thin.layers["cosine"].equals(report.layers["cosine"])
+    assert (abs(thin.layers["cka"] - report.layers["cka"]) < 0.1).all()
+
+
+def test_each_layer_pair_is_fitted_once(pair, teacher, rollouts, report, monkeypatch):
+    calls = []
+    fit_ridge = ridge.fit_ridge
+
+    def counting(moments, *arguments, **settings):
+        calls.append(moments)
+        return fit_ridge(moments, *arguments, **settings)
+
+    monkeypatch.setattr(ridge, "fit_ridge", counting)
+    again = diagnose(pair.student, teacher, rollouts, pair.tokenizer)
+    assert len(calls) == 4
+    pd.testing.assert_frame_equal(again.curve, report.curve)
+
+
+def test_the_same_call_gives_the_same_answer(pair, teacher, rollouts, report):
+    again = diagnose(pair.student, teacher, rollouts, pair.tokenizer)
+    pd.testing.assert_frame_equal(again.layers, report.layers)
+    assert str(again) == str(report)
+
+
+def test_layers_and_positions_can_be_chosen(pair, teacher, rollouts):
+    some = diagnose(pair.student, teacher, rollouts, pair.tokenizer, layers="2,4", positions="last:4")
+    assert some.layers["layer"].tolist() == [2, 4]
+    assert some.counts["requested"] == 4 * len(rollouts)
+    assert some.matrix.shape == (2, 4)
+    expected = {"layers", "positions", "first_and_last_k", "cka", "rank", "rank_cosine"}
+    assert some.figures().keys() == expected
+
+
+def test_it_shows_itself(report):
+    text = str(report)
+    markdown = report._repr_markdown_()
+    for part in ("cosine", "CKA, debiased", "shared rank r*", "OPRD (Vanilla)"):
+        assert part in text and part in markdown
+    assert markdown.splitlines()[1] == "|---|---|"
+
+
+def test_few_states_are_reported_as_few(pair, teacher, rollouts, report):
+    few = diagnose(pair.student, teacher, rollouts, pair.tokenizer, positions="last:6")
+    assert few.counts["fitted"] < 4 * 96 < report.counts["fitted"]
+    assert "tokens only" in str(few)
+    assert "tokens only" not in str(report)
+
+
+def test_too_few_responses_are_refused(pair, teacher, rollouts):
+    few = type(rollouts)(rollouts.input_ids[:5], rollouts.attention_mask[:5], rollouts.response_mask[:5])
+    with pytest.raises(ValueError, match="rollouts: 5 responses"):
+        diagnose(pair.student, teacher, few, pair.tokenizer)
+
+
+def test_probe_writes_a_folder_that_explorers_read(tmp_path):
+    out = tmp_path / "deep" / "probe"
+    arguments = ProbeArguments(
+        "embedded/student", "embedded/teacher", "arithmetic", out=str(out), limit=12, max_new_tokens=40
+    )
+    result = probe_pair(arguments)
+    assert result.names == ("embedded/student", "embedded/teacher")
+    text = (out / "report.md").read_text("utf-8")
+    assert text.startswith("| embedded/student ← embedded/teacher | measured |")
+    for name in ("layers", "positions", "cka", "rank"):
+        page = (out / f"{name}.html").read_text("utf-8")
+        assert 'src="plotly.min.js"' in page
+        assert "https://cdn" not in page
+    explorer = LayerExplorer(read_tokens(out))
+    explorer.response.value = 3
+    assert explorer.map.data[0].z.shape[0] == 4
+    components = pd.read_csv(out / "components.csv")
+    curve = pd.read_csv(out / "rank_curve.csv")
+    assert RankExplorer(components, curve, rank=5).layer.options == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"layers": "9"}, "layers='9'"),
+        ({"positions": "middle"}, "positions='middle'"),
+        ({"student": "/nowhere/model"}, "model='/nowhere/model'"),
+        ({"prompts": "nowhere"}, "task='nowhere'"),
+        ({"teacher": "embedded/nobody"}, "embedded/nobody"),
+        ({"limit": 3}, "rollouts: 3"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_leaves_nothing_behind(tmp_path, wrong, message):
+    arguments = {
+        "student": "embedded/student",
+        "teacher": "embedded/teacher",
+        "prompts": "arithmetic",
+        "limit": 8,
+        "max_new_tokens": 10,
+    }
+    with pytest.raises(ValueError, match=message) as caught:
+        probe_pair(ProbeArguments(**(arguments | wrong), out=str(tmp_path / "out")))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_tokens_no_table(tmp_path):
+    with pytest.raises(ValueError, match="has no tokens.parquet"):
+        read_tokens(tmp_path)
+
+
+def test_a_model_against_itself_has_nothing_to_learn(pair, rollouts):
+    itself = diagnose(pair.student, Teacher(pair.student, pair.tokenizer), rollouts, pair.tokenizer)
+    agreement = itself.layers[["cosine", "cka", "mutual_knn", "norm_cosine", "token_structure"]]
+    assert agreement.to_numpy().min() > 0.99
+    assert itself.recommendation.method == "oprd"
+    assert np.isfinite(itself.curve["cosine"]).all()
