@@ -265,7 +265,7 @@ def save_tables(tables: PairTables, folder: Path) -> None:
     for name, figure in figures.items():
         figure.write_html(folder / f"{name}.html", include_plotlyjs="directory")
 
-
+# %% ../nbs/32_diagnosis.ipynb #4ecb8a21
 def read_tokens(folder: str | Path) -> pd.DataFrame:
     """The table of tokens from a folder of `oprd probe`, as `LayerExplorer` takes it.
 
@@ -318,7 +318,7 @@ class PairReading(NamedTuple):
     similarities: pd.DataFrame
     num_paired: int
 
-
+# %% ../nbs/32_diagnosis.ipynb #16fbd714
 def read_pair(
     batches: Iterable[PairedStates],
     held_out: Bool[Tensor, "responses"],

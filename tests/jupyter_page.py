@@ -87,6 +87,9 @@ def opened(folder: Path, sources: list[str], width: int, height: int):
         page = browser.new_page(viewport={"width": width, "height": height})
         page.goto(f"{address}/lab/tree/small.ipynb")
         page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
+        # Cells that are run before the kernel is there are silently not run.
+        idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+        idle.first.wait_for(state="attached", timeout=120_000)
         for _ in sources:
             page.keyboard.press("Shift+Enter")
         yield page, playwright

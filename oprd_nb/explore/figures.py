@@ -108,7 +108,7 @@ def mean_grid(tokens: pd.DataFrame) -> MapGrid:
         "mean over all responses",
     )
 
-
+# %% ../../nbs/31_explore/01_figures.ipynb #a391a292
 def response_grid(tokens: pd.DataFrame, response: int) -> MapGrid:
     """One response, token by token. ValueError where the table does not have it."""
     table = tokens[tokens["response"] == response].sort_values("position")

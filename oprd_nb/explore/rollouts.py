@@ -83,7 +83,7 @@ def read_samples(run: Run, name: str) -> pd.DataFrame:
         )
     return table.set_index(["problem", "sample"]).sort_index()
 
-
+# %% ../../nbs/31_explore/05_rollouts.ipynb #1eff0cff
 def read_scores(run: Run, name: str, samples: pd.DataFrame) -> pd.DataFrame | None:
     """The scores of an evaluation, indexed like `samples`; None where there are none.
 

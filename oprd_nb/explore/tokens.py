@@ -141,7 +141,7 @@ def wrapped(tokens: pd.DataFrame, score: str, width: int) -> list[list[tuple[str
                 lines.append([])
     return lines
 
-
+# %% ../../nbs/31_explore/04_tokens.ipynb #3c55f22d
 def letters(
     tokens: pd.DataFrame, score: str, width: int
 ) -> tuple[Float[np.ndarray, "lines width"], np.ndarray]:
@@ -180,7 +180,7 @@ def colour_bar(score: str, top: float) -> dict:
         bar |= dict(tickvals=[-1, *offsets], ticktext=["unpaired", *map(str, offsets)])
     return bar
 
-
+# %% ../../nbs/31_explore/04_tokens.ipynb #7dcbd507
 def token_figure(
     responses: Mapping[str, pd.DataFrame], score: str, top: float, title: str, width: int = 26, most: int = 12
 ) -> go.Figure:
