@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHOD_OF', 'signal_and_noise', 'predicting_logits', 'resample_next_tokens', 'gradient_of', 'interpolate_weights',
-           'symmetric_kl', 'gradient_noise', 'fit_power_law', 'noise_figure', 'head_directions', 'head_blindness',
-           'blindness_figure', 'rank_tradeoff', 'tradeoff_figure']
+           'symmetric_kl', 'gradient_noise', 'fit_power_law', 'noise_figure', 'head_directions', 'divergence_along',
+           'head_blindness', 'blindness_figure', 'rank_tradeoff', 'tradeoff_figure']
 
 # %% ../nbs/40_theory.ipynb #00000002
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,7 @@ def predicting_logits(model: nn.Module, rollouts: Rollouts) -> Float[Tensor, "n 
     captured = capture_each(model, rollouts.input_ids, rollouts.attention_mask, {FINAL: mask})
     return lm_head_of(model)(captured[FINAL])
 
-
+# %% ../nbs/40_theory.ipynb #64000002
 @torch.no_grad()
 def resample_next_tokens(
     student: nn.Module, rollouts: Rollouts, draws: int, seed: int = 0
@@ -131,7 +131,7 @@ def symmetric_kl(student: nn.Module, teacher: nn.Module, rollouts: Rollouts) -> 
 METHOD_OF = {"rep": "oprd", "sampled": "opd-sampled", "topk": "opd-topk", "full": "opd-full"}
 """Name of a term -> the method whose colour it has in figures."""
 
-
+# %% ../nbs/40_theory.ipynb #64000003
 def gradient_noise(
     student: nn.Module,
     teacher: Teacher,
@@ -213,6 +213,16 @@ def head_directions(weight: Float[Tensor, "vocabulary d"]) -> tuple[Float[Tensor
     singular_values = squares.clamp(min=0).sqrt()
     return singular_values.where(singular_values > 1e-6 * singular_values[0], 0), directions
 
+# %% ../nbs/40_theory.ipynb #64000004
+def divergence_along(
+    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "n d"], direction: Float[Tensor, "d"]
+) -> float:
+    """Half the variance under p of the change of the logits along `direction`, averaged over `hidden`."""
+    logits, change = torch.func.jvp(head, (hidden,), (direction.expand_as(hidden).contiguous(),))
+    p = logits.softmax(-1)
+    variance = (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1)
+    return 0.5 * variance.mean().item()
+
 # %% ../nbs/40_theory.ipynb #00000012
 @torch.no_grad()
 def head_blindness(
@@ -243,21 +253,13 @@ def head_blindness(
     evenly = np.linspace(0, width - 1, min(directions or width, width))
     chosen = np.unique(evenly.round().astype(int))
     hidden = hidden.to(weight)
-    divergence = [_divergence_along(head, hidden, vectors[:, i].to(hidden)) for i in chosen]
+    divergence = [divergence_along(head, hidden, vectors[:, i].to(hidden)) for i in chosen]
     values = singular_values[chosen].cpu().numpy()
     table = pd.DataFrame({"direction": chosen + 1, "singular_value": values, "divergence": divergence})
     table.loc[table.singular_value == 0, "divergence"] = 0.0
     with np.errstate(divide="ignore"):
         predicted = (singular_values[0].item() / table.singular_value) ** 2 / divergence[0]
         return table.assign(blindness=1 / table.divergence, predicted=predicted)
-
-
-def _divergence_along(head, hidden: Float[Tensor, "n d"], direction: Float[Tensor, "d"]) -> float:
-    """Half the variance under p of the change of the logits along `direction`, averaged over `hidden`."""
-    logits, change = torch.func.jvp(head, (hidden,), (direction.expand_as(hidden).contiguous(),))
-    p = logits.softmax(-1)
-    variance = (p * (change - (p * change).sum(-1, keepdim=True)).square()).sum(-1)
-    return 0.5 * variance.mean().item()
 
 # %% ../nbs/40_theory.ipynb #00000013
 def blindness_figure(table: pd.DataFrame) -> go.Figure:

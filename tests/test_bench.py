@@ -1,4 +1,4 @@
-"""The bench measures what it says: equal losses, one process a method, ratios within a run, stamps that allow a repetition."""
+"""The bench: equal losses, one process per method, ratios within a run, stamps that allow a repetition."""
 
 from dataclasses import replace
 
@@ -6,25 +6,17 @@ import pandas as pd
 import pytest
 import torch
 
-from oprd_nb.bench import (
-    PAPER,
-    SMOLLM2,
-    TINY,
+from oprd_nb.bench.measure import (
     bench_growth,
     bench_loss_path,
     bench_ragged,
-    cost_figure,
-    growth_figure,
-    load_bench,
+    beyond_backbones,
     log_uniform,
-    make_model,
-    make_rollouts,
-    methods_for,
-    over_floor,
-    save_bench,
     summary,
     target_bytes,
 )
+from oprd_nb.bench.methods import BACKBONES, PAPER, SMOLLM2, TINY, make_model, make_rollouts, methods_for
+from oprd_nb.bench.results import cost_figure, growth_figure, load_bench, save_bench
 from oprd_nb.cli.bench import BenchArguments, run_bench, shape_of
 
 
@@ -32,7 +24,7 @@ from oprd_nb.cli.bench import BenchArguments, run_bench, shape_of
 def measurements():
     return pd.DataFrame(
         {
-            "method": ["floor", "oprd", "trl-full"] * 3,
+            "method": [BACKBONES, "oprd", "trl-full"] * 3,
             "round": [0, 0, 0, 1, 1, 1, 2, 2, 2],
             "seconds": [1.0, 1.1, 2.0, 5.0, 1.3, 2.2, 1.2, 1.2, 2.1],
             "delta_peak": [10, 12, 40, 10, 12, 44, 14, 13, 42],
@@ -41,12 +33,10 @@ def measurements():
 
 
 def test_every_way_computes_the_same_loss_and_gradient():
-    student, teacher, rollouts, methods = (
-        make_model(TINY, 0),
-        make_model(TINY, 1).requires_grad_(False),
-        make_rollouts(TINY),
-        methods_for(TINY),
-    )
+    student = make_model(TINY, 0)
+    teacher = make_model(TINY, 1).requires_grad_(False)
+    rollouts = make_rollouts(TINY)
+    methods = methods_for(TINY)
 
     def gradient(name):
         student.zero_grad()
@@ -65,107 +55,106 @@ def test_every_way_computes_the_same_loss_and_gradient():
 
 def test_ratios_are_of_medians_in_one_run(measurements):
     table = summary(measurements).set_index("method")
-    assert (
-        table.time_ratio.round(6).to_dict() == {"floor": 1.0, "oprd": 1.0, "trl-full": 1.75}
-        and table.peak_ratio["trl-full"] == 4.2
-    )
-    grown = over_floor(measurements.assign(response=128), "response").set_index("method")
+    assert table.time_ratio.round(6).to_dict() == {BACKBONES: 1.0, "oprd": 1.0, "trl-full": 1.75}
+    assert table.peak_ratio["trl-full"] == 4.2
+    grown = beyond_backbones(measurements.assign(response=128), "response").set_index("method")
     assert grown.seconds["trl-full"] == pytest.approx(0.9) and grown.delta_peak["oprd"] == 2
 
 
 def test_a_picture_of_ratios(measurements):
     fig = cost_figure(summary(measurements))
-    assert [trace.x for trace in fig.data] == [pytest.approx(x) for x in ((1, 1), (1.2, 1), (4.2, 1.75))], (
-        "peak and time of each method, the hungriest on top"
+    expected = [pytest.approx(x) for x in ((1, 1), (1.2, 1), (4.2, 1.75))]
+    assert [trace.x for trace in fig.data] == expected, (
+        "peak and time of each method, the largest peak on top"
     )
-    assert fig.layout.xaxis.type == "log" and fig.layout.xaxis.title.text == "multiple of the floor"
+    assert fig.layout.xaxis.type == "log"
+    assert fig.layout.xaxis.title.text == "multiple of the backbones alone"
     assert [trace.marker.symbol[0] for trace in fig.data] == ["circle", "circle", "circle-open"]
 
 
 def test_a_picture_of_growth(measurements):
-    grown = pd.concat(
-        [measurements.assign(k=128), measurements.assign(k=512, delta_peak=2 * measurements.delta_peak)]
-    )
-    fig = growth_figure(grown, "k")
-    assert [trace.name for trace in fig.data] == ["OPRD, all layers", "Full KL, TRL's"] and list(
-        fig.data[0].x
-    ) == [128, 512]
-    assert (
-        fig.data[1].y[1] == 2 * fig.data[1].y[0]
-        and fig.layout.xaxis.title.text == "supervised positions k"
-        and fig.layout.yaxis.title.text.endswith("MB")
-    )
-    assert (
-        BenchArguments("growth", axis="k", out="x").path.as_posix() == "x/growth-k.json"
-        and BenchArguments("ragged", out="x").path.as_posix() == "x/ragged.json"
-    )
+    larger = measurements.assign(k=512, delta_peak=2 * measurements.delta_peak)
+    fig = growth_figure(pd.concat([measurements.assign(k=128), larger]), "k")
+    assert [trace.name for trace in fig.data] == ["OPRD, all layers", "Full KL, TRL's"]
+    assert list(fig.data[0].x) == [128, 512] and fig.data[1].y[1] == 2 * fig.data[1].y[0]
+    assert fig.layout.xaxis.title.text == "supervised positions k"
+    assert fig.layout.yaxis.title.text.endswith("MB")
     with pytest.raises(ValueError, match="axis='width'"):
         bench_growth("width", [64])
 
 
 def test_a_result_comes_back_with_its_stamp(measurements, tmp_path):
-    found = load_bench(save_bench(tmp_path / "deep" / "x.json", TINY, rounds=measurements))
-    assert (
-        found["rounds"].equals(measurements)
-        and found["stamp"]["shape"]["width"] == TINY.width
-        and "torch" in found["stamp"]["versions"]
-    )
+    loaded = load_bench(save_bench(tmp_path / "deep" / "x.json", TINY, rounds=measurements))
+    assert loaded["rounds"].equals(measurements)
+    assert loaded["stamp"]["shape"]["width"] == TINY.width and "torch" in loaded["stamp"]["versions"]
+
+
+def test_results_stored_under_earlier_names_are_read(measurements, tmp_path):
+    earlier = measurements.replace({"method": {BACKBONES: "floor"}})
+    loaded = load_bench(save_bench(tmp_path / "x.json", TINY, rounds=earlier, over_floor=earlier))
+    assert loaded["rounds"].equals(measurements) and loaded["beyond_backbones"].equals(measurements)
+    assert "over_floor" not in loaded
 
 
 def test_measured_in_a_process_of_its_own():
     shape = replace(TINY, vocabulary=8192)
-    table = bench_loss_path(shape, ["floor", "written-full"], rounds=2)
-    assert (
-        list(table.method) == ["floor", "written-full"] * 2
-        and (table.seconds > 0).all()
-        and (table.delta_peak >= 0).all()
-    )
+    table = bench_loss_path(shape, [BACKBONES, "written-full"], rounds=2)
+    assert list(table.method) == [BACKBONES, "written-full"] * 2
+    assert (table.seconds > 0).all() and (table.delta_peak >= 0).all()
     peaks = table.groupby("method").delta_peak.first()
+    # Two log-softmaxes of whole sequences are alive at the same time.
     log_softmaxes = 2 * shape.batch * (shape.prompt + shape.response) * shape.vocabulary * 4
-    assert peaks["written-full"] - peaks["floor"] > log_softmaxes, (
-        "two log-softmaxes of whole sequences are alive at the same time"
-    )
+    assert peaks["written-full"] - peaks[BACKBONES] > log_softmaxes
     with pytest.raises(ValueError, match=r"methods=\['magic'\]"):
-        bench_loss_path(TINY, ["floor", "magic"])
+        bench_loss_path(TINY, [BACKBONES, "magic"])
 
 
 def test_targets_are_what_the_arithmetic_says():
-    assert target_bytes(TINY) == 2 * 32 * 4 * 64 * 4 and target_bytes(TINY, rank=8) == target_bytes(TINY) // 8
+    assert target_bytes(TINY) == 2 * 32 * 4 * 64 * 4
+    assert target_bytes(TINY, rank=8) == target_bytes(TINY) // 8
     half = replace(TINY, dtype="bfloat16")
-    assert (
-        target_bytes(half) == target_bytes(TINY) // 2
-        and target_bytes(half, rank=8) == target_bytes(TINY, rank=8) // 2
-    )
+    assert target_bytes(half) == target_bytes(TINY) // 2
+    assert target_bytes(half, rank=8) == target_bytes(TINY, rank=8) // 2
 
 
 def test_ragged_lengths_are_log_uniform_and_gradients_agree():
     lengths = log_uniform(16, 32, 1024)
     assert (min(lengths), max(lengths)) == (32, 1024) and lengths != sorted(lengths)
-    assert (
-        bench_ragged(replace(TINY, response=48, k=16), responses=6, low=2, budget=128, rounds=1).difference[0]
-        < 1e-5
-    )
+    shape = replace(TINY, response=48, k=16)
+    assert bench_ragged(shape, responses=6, low=2, budget=128, rounds=1).difference[0] < 1e-5
 
 
-def test_requests(tmp_path):
-    assert (
-        shape_of(BenchArguments("loss-path")) == SMOLLM2
-        and shape_of(BenchArguments("step")) == SMOLLM2
-        and PAPER.k == 2000
-    )
+def test_results_are_named_by_what_is_measured():
+    assert BenchArguments("growth", axis="k", out="x").path.as_posix() == "x/growth-k.json"
+    assert BenchArguments("ragged", out="x").path.as_posix() == "x/ragged.json"
+
+
+def test_a_request_means_a_shape():
+    assert shape_of(BenchArguments("loss-path")) == SMOLLM2 and PAPER.k == 2000
+    assert shape_of(BenchArguments("step")) == SMOLLM2
+    assert shape_of(BenchArguments("growth", dtype="float32")) == replace(SMOLLM2, dtype="float32")
+    assert shape_of(BenchArguments("peaks", tiny=True)) == TINY
+
+
+def test_a_request_is_measured_and_stored(tmp_path):
     tables = run_bench(BenchArguments("bridge", tiny=True, out=str(tmp_path)))
     assert (tmp_path / "bridge.json").exists() and list(tables["targets"]["rank"]) == [4, 8, 32]
-    assert (
-        shape_of(BenchArguments("growth", dtype="float32")) == replace(SMOLLM2, dtype="float32")
-        and shape_of(BenchArguments("peaks", tiny=True)) == TINY
-    )
-    for wrong, message in [
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
         ({"what": "magic"}, "what='magic'"),
         ({"what": "peaks", "dtype": "float8"}, "dtype='float8'"),
         ({"what": "step", "rounds": 0}, "rounds=0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            BenchArguments(**wrong)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="there is no GPU"):
-            BenchArguments("step", device="cuda")
+    ],
+)
+def test_wrong_requests_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        BenchArguments(**wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named():
+    with pytest.raises(ValueError, match="there is no GPU"):
+        BenchArguments("step", device="cuda")

@@ -442,7 +442,7 @@ def test_bench_prints_and_stores(tmp_path, capsys):
                 "--rounds",
                 "1",
                 "--methods",
-                "floor",
+                "backbones-only",
                 "--out",
                 str(tmp_path),
             ]

@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from oprd_nb.bench import (
     AXES,
+    BACKBONES,
     PAPER,
     SMOLLM2,
     TINY,
@@ -25,7 +26,7 @@ from oprd_nb.bench import (
     bench_peaks,
     bench_ragged,
     bench_sampler,
-    over_floor,
+    beyond_backbones,
     save_bench,
     summary,
 )
@@ -101,13 +102,13 @@ def measure(args: BenchArguments) -> dict[str, pd.DataFrame]:
     methods = args.methods.split(",") if args.methods else None
     if args.what in ("loss-path", "step"):
         rounds = bench_loss_path(shape, methods, args.rounds)
-        if "floor" not in set(rounds["method"]):
+        if BACKBONES not in set(rounds["method"]):
             return {"rounds": rounds}
         return {"rounds": rounds, "summary": summary(rounds)}
     if args.what == "growth":
         values = [8, 32] if args.tiny else GROWTH[args.axis][0]
         grown = bench_growth(args.axis, values, shape)
-        return {"steps": grown, "over_floor": over_floor(grown, args.axis)}
+        return {"steps": grown, "beyond_backbones": beyond_backbones(grown, args.axis)}
     if args.what == "peaks":
         return {"peaks": bench_peaks(shape, methods)}
     if args.what == "bridge":

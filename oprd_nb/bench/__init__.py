@@ -1,0 +1,56 @@
+"""What losses, bridges and samplers cost"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+# A name is imported from its module when it is first asked for: importing one module of this folder
+# does not import the dependencies of the others.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "methods": ["BACKBONES", "LABELS", "OURS", "PAPER", "SMOLLM2", "TINY", "Shape"],
+        "measure": [
+            "AXES",
+            "bench_bridge",
+            "bench_growth",
+            "bench_loss_path",
+            "bench_peaks",
+            "bench_ragged",
+            "bench_sampler",
+            "beyond_backbones",
+            "summary",
+            "target_bytes",
+        ],
+        "results": ["cost_figure", "growth_figure", "load_bench", "save_bench"],
+    },
+)
+
+if TYPE_CHECKING:
+    from .measure import (
+        AXES as AXES,
+        bench_bridge as bench_bridge,
+        bench_growth as bench_growth,
+        bench_loss_path as bench_loss_path,
+        bench_peaks as bench_peaks,
+        bench_ragged as bench_ragged,
+        bench_sampler as bench_sampler,
+        beyond_backbones as beyond_backbones,
+        summary as summary,
+        target_bytes as target_bytes,
+    )
+    from .methods import (
+        BACKBONES as BACKBONES,
+        LABELS as LABELS,
+        OURS as OURS,
+        PAPER as PAPER,
+        SMOLLM2 as SMOLLM2,
+        TINY as TINY,
+        Shape as Shape,
+    )
+    from .results import (
+        cost_figure as cost_figure,
+        growth_figure as growth_figure,
+        load_bench as load_bench,
+        save_bench as save_bench,
+    )
