@@ -1,4 +1,4 @@
-"""Paired rows, cosines, CKA, neighbours and linear probes: properties, failures and the bars of the probing room."""
+"""Paired states, cosines, CKA, neighbours and linear probes: properties, failures, and their bars."""
 
 import importlib.util
 
@@ -28,7 +28,7 @@ from oprd_nb.probing.similarity import (
     position_cosines,
     token_similarities,
 )
-from oprd_nb.probing.states import PairedStates, collect, join_states, split_by_response
+from oprd_nb.probing.states import PairedStates, collect, join_states, moments_and_heldout, split_by_response
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
 from oprd_nb.utils import cluster_bootstrap_ratio
@@ -169,9 +169,9 @@ def test_a_training_student_is_read_without_dropout_and_left_training(rollouts):
     for block in student.model.layers:
         block.self_attn.attention_dropout = 0.5
     tokenizer = load_tokenizer("embedded/student")
-    twin = Teacher(tiny_qwen3(vocab_size=40), tokenizer)
+    copy = Teacher(tiny_qwen3(vocab_size=40), tokenizer)
     student.train()
-    found = join_states(collect(student, twin, rollouts, tokenizer))
+    found = join_states(collect(student, copy, rollouts, tokenizer))
     assert student.training and all(
         torch.allclose(found.student[layer], found.teacher[layer], atol=1e-5) for layer in found.student
     )
@@ -199,6 +199,21 @@ def test_rows_across_tokenizers_have_read_the_same_text(rollouts):
         assert set(read) <= set(ends.tolist())
 
 
+def test_moments_and_held_out_states_share_no_response(rows):
+    held_out = split_by_response(torch.arange(24), 0.25)
+    batches = [rows.take(rows.response < 9), rows.take(rows.response >= 9)]
+    found = moments_and_heldout(batches, held_out)
+    fitted = rows.take(~held_out[rows.response])
+    assert found.num_states == len(rows) and found.moments[2, 2].count == len(fitted)
+    assert torch.allclose(found.moments[2, 2].mean_student, fitted.student[2].double().mean(0))
+    same_rows(found.heldout, rows.take(held_out[rows.response]))
+    some = moments_and_heldout(batches, held_out, share=0.5, seed=1)
+    assert 0 < len(some.heldout) < len(found.heldout)
+    assert some.moments[2, 2].count == found.moments[2, 2].count
+    with pytest.raises(ValueError, match="batches: is empty"):
+        moments_and_heldout([], held_out)
+
+
 def test_nothing_to_join():
     with pytest.raises(ValueError, match="parts: is empty"):
         join_states([])
@@ -208,7 +223,7 @@ def test_nothing_to_join():
 
 
 def toy(values, lengths):
-    """A row_cosines table of one layer from a flat list of cosines."""
+    """A table of `position_cosines` for one layer, from a flat list of cosines."""
     position = np.concatenate([np.arange(n) for n in lengths])
     return pd.DataFrame(
         {
@@ -254,7 +269,7 @@ def test_ratio_is_of_sums_and_lies_in_its_interval(lengths, seed):
     "cosines, layer",
     [([1, 1, 0.98, 0.93, 0.87], 3), ([0.9, 0.86, 0.85, 0.88], 1), ([1, 1, 1, -1], 4), ([1.0000001, 0.5], 2)],
 )
-def test_parting(cosines, layer):
+def test_divergence_layer(cosines, layer):
     assert (
         divergence_layer(pd.DataFrame({"layer": range(1, len(cosines) + 1), "cosine": cosines}))[0] == layer
     )
@@ -282,8 +297,11 @@ def test_widths_that_differ_have_no_cosine(rollouts):
 
 
 def reference_cka(x, y, debiased):
-    """From the definitions, float64, with n x n matrices, on centred rows (for the sake of the reference's own rounding)."""
-    n, ones, x, y = len(x), np.ones(len(x)), x.numpy() - x.numpy().mean(0), y.numpy() - y.numpy().mean(0)
+    """From the definitions, float64, n x n matrices; states centred for the reference's own rounding."""
+    n = len(x)
+    ones = np.ones(n)
+    x = x.numpy() - x.numpy().mean(0)
+    y = y.numpy() - y.numpy().mean(0)
 
     def hsic(a, b):
         if not debiased:
@@ -475,7 +493,7 @@ def test_probe_reads_what_is_there_and_nothing_else():
 
 
 def test_a_probe_that_knows_each_response_by_name_gains_nothing():
-    """States that give the response away and a label a response: split by rows this scores 100 %, by responses it is chance."""
+    """States that give the response away, one label per response: 100 % by tokens, chance by responses."""
     response = torch.arange(60).repeat_interleave(10)
     states = torch.eye(60, dtype=torch.float64)[response] + 0.01 * gaussian(600, 60)
     label = torch.randint(2, (60,), generator=torch.Generator().manual_seed(0))[response]

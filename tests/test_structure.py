@@ -1,4 +1,4 @@
-"""Moments, spectrum, closed form, E(r) and the suggested rank: properties, failures and the bars of the structure room."""
+"""Moments, spectrum, closed form, E(r) and the suggested rank: properties, failures, and their bars."""
 
 import os
 import subprocess
@@ -94,10 +94,9 @@ print(cost.delta_peak)
 
 
 def peak_and_moments(times, path):
-    """Peak memory of `times` passes over 10 k rows of width 576, in a process of its own, and the moments it found."""
-    environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536"
-    }  # freed tensors go back at once and cannot hide in the heap
+    """Peak memory of `times` passes over 10 k states of width 576 in its own process, and its moments."""
+    # Freed tensors go back to the system at once and cannot hide in the heap.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(times), str(path)],
         capture_output=True,
@@ -363,7 +362,7 @@ def pooled_r2(prediction, truth):
 
 @pytest.mark.parametrize(("share", "length"), [(0.95, 1), (0.6, 16)])
 def test_closed_form_beats_the_recipe_at_every_rank(share, length):
-    """r = 1 .. 256, same rows: training error never above the recipe's; held out, R^2 and cosine never 0.005 below it."""
+    """r = 1 .. 256, same states: training error never above the recipe's; held out never 0.005 below it."""
     rows = planted_pair(
         16384 // length, 100 * torch.arange(1, 257) ** -1.2, torch.full((256,), share), 256, length, seed=11
     )
@@ -395,3 +394,33 @@ def test_all_ranks_in_closed_form_cost_less_than_a_fiftieth_of_the_recipe():
     with measured() as cheapest:
         fit_sgd(rows.student, fit.teacher(rows.teacher, 1))
     assert 256 * cheapest.seconds > 50 * closed.seconds  # 256 runs, each as cheap as the one at rank 1
+
+
+def test_fits_made_once_give_what_fits_made_anew_give():
+    student, teacher = gaussian(400)
+    moments = seen(student, teacher, [(1, 1), (2, 3)])
+    heldout = {(1, 1): (student, teacher), (2, 3): (student, teacher)}
+    groups = torch.arange(400) // 10
+    fits = fit_all(moments)
+    assert list(fits) == [(1, 1), (2, 3)]
+    assert rank_curve(moments, heldout, [1, 5], fits=fits).equals(rank_curve(moments, heldout, [1, 5]))
+    for pair in fits:
+        again = component_r2(moments, pair, heldout)
+        assert component_r2(moments, pair, heldout, fits=fits).equals(again)
+        again = error_decomposition(moments, pair)
+        assert error_decomposition(moments, pair, fits=fits).equals(again)
+    for states, labels in ((heldout, groups), (None, None)):
+        given = suggest_rank(moments, states, labels, fits=fits)
+        made = suggest_rank(moments, states, labels)
+        assert str(given) == str(made) and given.layers.equals(made.layers)
+
+
+def test_fits_that_do_not_belong_are_refused():
+    student, teacher = gaussian(100)
+    moments = seen(student, teacher, [(1, 1), (2, 3)])
+    heldout = {(2, 3): (student, teacher)}
+    fits = {(1, 1): fit_ridge(moments[1, 1])}
+    with pytest.raises(ValueError, match=r"fits: has no fit of layer pair \(2, 3\)"):
+        rank_curve(moments, heldout, [1], fits=fits)
+    with pytest.raises(ValueError, match="ridge=0.1: fits are given"):
+        rank_curve(moments, heldout, [1], ridge=0.1, fits=fit_all(moments))

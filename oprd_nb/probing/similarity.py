@@ -22,7 +22,7 @@ from .states import PairedStates
 from ..structure.moments import CHUNK, PairMoments
 from ..utils import cluster_bootstrap_ratio
 
-# %% ../../nbs/11_probing/02_similarity.ipynb #00000005
+# %% ../../nbs/11_probing/02_similarity.ipynb #2865203f
 def position_cosines(batches: Iterable[PairedStates], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """One row per token: where it is, its text, and the cosine of student and teacher in every layer.
 
@@ -45,12 +45,12 @@ def position_cosines(batches: Iterable[PairedStates], tokenizer: PreTrainedToken
         tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/11_probing/02_similarity.ipynb #00000005
 def layers_in(tokens: pd.DataFrame) -> list[int]:
     """The layers of a table made by `position_cosines`: its integer columns."""
     return [column for column in tokens.columns if isinstance(column, int)]
 
-# %% ../../nbs/11_probing/02_similarity.ipynb #0000000b
+# %% ../../nbs/11_probing/02_similarity.ipynb #835ba441
 class LayerCosines(NamedTuple):
     """Mean cosines by layer, and by layer and position."""
 
@@ -59,7 +59,7 @@ class LayerCosines(NamedTuple):
     heat_map: pd.DataFrame
     """Columns layer, position, cosine, tokens."""
 
-
+# %% ../../nbs/11_probing/02_similarity.ipynb #0000000b
 def cosine_by_layer(tokens: pd.DataFrame, bins: int = 40, seed: int = 0) -> LayerCosines:
     """Mean cosine of each layer, with its interval over responses; and by layer and position.
 

@@ -151,14 +151,14 @@ def label_positions(
     lengths = rollouts.response_lengths[sequence]
     return sequence + first, rank[positions] - 1, lengths, ids[positions], follows[positions]
 
-# %% ../../nbs/11_probing/01_states.ipynb #0000000e
+# %% ../../nbs/11_probing/01_states.ipynb #40f5f942
 def _read_pairs(teacher: Teacher, batch: Rollouts, tokenizer: PreTrainedTokenizerBase) -> Pairs:
     """What the teacher reads, without a warning of its own for every batch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="only .* of the student's tokens")
         return teacher.read(batch, tokenizer)
 
-
+# %% ../../nbs/11_probing/01_states.ipynb #0000000e
 def paired_states(
     student: nn.Module,
     teacher: Teacher,
@@ -244,7 +244,7 @@ def split_by_response(response: Int[Tensor, "n"], share: float = 0.3, seed: int 
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.isin(response, labels[order[:count].to(labels.device)])
 
-# %% ../../nbs/11_probing/01_states.ipynb #d0000013
+# %% ../../nbs/11_probing/01_states.ipynb #48312457
 def empty_moments(states: PairedStates) -> Moments:
     """Moments for the layer pairs of `states`, which have seen nothing yet."""
     student_layer, teacher_layer = states.layer_pairs[0]
@@ -253,13 +253,13 @@ def empty_moments(states: PairedStates) -> Moments:
     device = h_student.device if h_student.is_cuda else "cpu"
     return Moments(states.layer_pairs, h_student.shape[1], d_teacher, device)
 
-
+# %% ../../nbs/11_probing/01_states.ipynb #d0000013
 def update_moments(moments: Moments, states: PairedStates) -> None:
     """Take in `states`, every layer pair."""
     for (s, t), (h_student, h_teacher) in states.by_layer_pair().items():
         moments.update((s, t), h_student, h_teacher)
 
-# %% ../../nbs/11_probing/01_states.ipynb #d0000016
+# %% ../../nbs/11_probing/01_states.ipynb #a00b2e19
 class MomentsAndHeldout(NamedTuple):
     """What one pass over paired states keeps for a fit and its score."""
 
@@ -270,7 +270,7 @@ class MomentsAndHeldout(NamedTuple):
     num_states: int
     """States read, fitted or not."""
 
-
+# %% ../../nbs/11_probing/01_states.ipynb #d0000016
 def moments_and_heldout(
     batches: Iterable[PairedStates], held_out: Bool[Tensor, "responses"], share: float = 1.0, seed: int = 0
 ) -> MomentsAndHeldout:

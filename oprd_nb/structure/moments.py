@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LayerPair', 'CHUNK', 'PlantedStates', 'planted_pair', 'check_paired', 'float64_chunks', 'PairSums', 'Covariances',
-           'PairMoments', 'MomentsByLayer', 'SavedMoments', 'Moments', 'principal_components', 'pca_spectrum',
-           'EffectiveRank', 'effective_rank']
+           'CovarianceSums', 'PairMoments', 'MomentsByLayer', 'SavedMoments', 'Moments', 'principal_components',
+           'pca_spectrum', 'EffectiveRank', 'effective_rank']
 
 # %% ../../nbs/10_structure/01_moments.ipynb #00000002
 import json
@@ -39,14 +39,14 @@ def _latent(
     within = torch.randn(num_responses, length, width, generator=generator)
     return (0.3**0.5 * between + 0.7**0.5 * within).flatten(0, 1)
 
-# %% ../../nbs/10_structure/01_moments.ipynb #00000007
+# %% ../../nbs/10_structure/01_moments.ipynb #87db0e64
 def _rotated(states: Float[Tensor, "n d"], generator: torch.Generator) -> Float[Tensor, "n d"]:
     """The states in random orthonormal coordinates, with a random mean."""
     width = states.shape[1]
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
     return states @ rotation + torch.randn(width, generator=generator)
 
-
+# %% ../../nbs/10_structure/01_moments.ipynb #00000007
 def planted_pair(
     num_responses: int,
     eigenvalues: Float[Tensor, "d_teacher"],
@@ -77,11 +77,11 @@ def planted_pair(
     responses = torch.arange(num_responses).repeat_interleave(response_length)
     return PlantedStates(_rotated(student, generator), _rotated(teacher, generator), responses)
 
-# %% ../../nbs/10_structure/01_moments.ipynb #a1b20008
+# %% ../../nbs/10_structure/01_moments.ipynb #13b417da
 LayerPair = tuple[int, int]
 """(student layer, teacher layer), true layer numbers from 1."""
 
-
+# %% ../../nbs/10_structure/01_moments.ipynb #a1b20008
 def check_paired(h_student: Tensor, h_teacher: Tensor, d_student: int, d_teacher: int) -> None:
     """ValueError unless these are paired, finite hidden states (n, d_student) and (n, d_teacher)."""
     shapes = tuple(h_student.shape), tuple(h_teacher.shape)
@@ -144,7 +144,7 @@ class PairSums:
         self.mean_teacher.add_(delta_teacher, alpha=count / total)
         self.count = total
 
-# %% ../../nbs/10_structure/01_moments.ipynb #0000000b
+# %% ../../nbs/10_structure/01_moments.ipynb #b6a8d121
 class Covariances(NamedTuple):
     """Sigma_SS, Sigma_ST and Sigma_TT, divided by n - 1."""
 
@@ -152,8 +152,22 @@ class Covariances(NamedTuple):
     cross: Float[Tensor, "d_student d_teacher"]
     teacher: Float[Tensor, "d_teacher d_teacher"]
 
+# %% ../../nbs/10_structure/01_moments.ipynb #a1b20020
+class CovarianceSums(PairSums):
+    """`PairSums` that give covariances."""
 
-class PairMoments(PairSums):
+    def covariances(self) -> Covariances:
+        """The (cross-)covariances. ValueError with fewer than two states."""
+        if self.count < 2:
+            whose = f" of layer pair {self.layer_pair}" if self.layer_pair else ""
+            raise ValueError(
+                f"moments: {self.count} hidden states{whose}; a covariance needs at least 2, so update first"
+            )
+        scatters = (self.scatter_student, self.scatter_cross, self.scatter_teacher)
+        return Covariances(*(scatter / (self.count - 1) for scatter in scatters))
+
+# %% ../../nbs/10_structure/01_moments.ipynb #0000000b
+class PairMoments(CovarianceSums):
     """Streamed float64 moments of the paired hidden states of one student and one teacher layer."""
 
     @classmethod
@@ -198,16 +212,6 @@ class PairMoments(PairSums):
         for name in ("scatter_student", "scatter_cross", "scatter_teacher"):
             getattr(self, name).add_(getattr(other, name).to(device))
         self.shift(other.count, other.mean_student.to(device), other.mean_teacher.to(device))
-
-    def covariances(self) -> Covariances:
-        """The (cross-)covariances. ValueError with fewer than two states."""
-        if self.count < 2:
-            whose = f" of layer pair {self.layer_pair}" if self.layer_pair else ""
-            raise ValueError(
-                f"moments: {self.count} hidden states{whose}; a covariance needs at least 2, so update first"
-            )
-        scatters = (self.scatter_student, self.scatter_cross, self.scatter_teacher)
-        return Covariances(*(scatter / (self.count - 1) for scatter in scatters))
 
 # %% ../../nbs/10_structure/01_moments.ipynb #0000000d
 class MomentsByLayer:
@@ -338,14 +342,14 @@ def pca_spectrum(moments: Moments, layer_pair: LayerPair, side: str = "teacher")
     covariances = moments[layer_pair].covariances()
     return principal_components(getattr(covariances, side))[0]
 
-# %% ../../nbs/10_structure/01_moments.ipynb #a1b20017
+# %% ../../nbs/10_structure/01_moments.ipynb #111bfc51
 class EffectiveRank(NamedTuple):
     """Two counts of the directions in a spectrum; both are k for k equal eigenvalues."""
 
     participation: float
     entropy: float
 
-
+# %% ../../nbs/10_structure/01_moments.ipynb #a1b20017
 def effective_rank(spectrum: Float[Tensor, "d"]) -> EffectiveRank:
     """Participation ratio (sum p)^2 / sum p^2, and exp of the entropy of the shares p.
 

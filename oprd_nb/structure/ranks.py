@@ -131,7 +131,7 @@ def pair_curve(
         "cosine_untrained": baseline / len(states[0]),
     }
 
-# %% ../../nbs/10_structure/03_ranks.ipynb #00000012
+# %% ../../nbs/10_structure/03_ranks.ipynb #a9e7e513
 def _check_ranks(ranks: Sequence[int], d_teacher: int) -> list[int]:
     """ValueError unless `ranks` are integers that a teacher of this width has."""
     wrong = [rank for rank in ranks if int(rank) != rank or not 1 <= rank <= d_teacher]
@@ -141,7 +141,7 @@ def _check_ranks(ranks: Sequence[int], d_teacher: int) -> list[int]:
         )
     return [int(rank) for rank in ranks]
 
-
+# %% ../../nbs/10_structure/03_ranks.ipynb #00000012
 def rank_curve(
     moments: Moments,
     heldout: Heldout,
@@ -212,7 +212,7 @@ def error_decomposition(
     }
     return pd.DataFrame(errors)
 
-# %% ../../nbs/10_structure/03_ranks.ipynb #c000000f
+# %% ../../nbs/10_structure/03_ranks.ipynb #3560a941
 def error_decrease(
     variance: Float[Tensor, "*batch d"], rho2: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch d"]:
@@ -222,7 +222,7 @@ def error_decrease(
     """
     return variance * (2 * rho2.clamp(0, 1) - 1) / variance.sum(-1, keepdim=True)
 
-
+# %% ../../nbs/10_structure/03_ranks.ipynb #c000000f
 def best_rank(decrease: Float[Tensor, "*batch d"]) -> np.ndarray:
     """The rank, from 0, at which E(r) is smallest; the smaller one of two equals."""
     total = np.cumsum(decrease.cpu().numpy(), -1)
@@ -266,7 +266,7 @@ class SuggestedRank:
         table = "\n".join("| " + " | ".join(row) + " |" for row in cells)
         return str(self).replace("r*", r"**r\***", 1) + "\n\n" + table
 
-# %% ../../nbs/10_structure/03_ranks.ipynb #c0000013
+# %% ../../nbs/10_structure/03_ranks.ipynb #26401806
 def _suggestion(
     layer_pairs: Sequence[LayerPair],
     ranks: np.ndarray,
@@ -293,7 +293,7 @@ def _suggestion(
         return SuggestedRank(int(ranks[-1]), None, None, basis, table)
     return SuggestedRank(int(ranks[-1]), int(low[-1]), int(high[-1]), basis, table)
 
-
+# %% ../../nbs/10_structure/03_ranks.ipynb #c0000013
 def rank_from_moments(moments: Moments, fits: Fits) -> SuggestedRank:
     """r* from the adjusted R^2 of the fits themselves, without an interval."""
     decreases = []

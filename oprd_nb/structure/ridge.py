@@ -156,7 +156,7 @@ def fit_ridge(moments: PairMoments, ridge: float | None = None) -> RidgeFit:
         degrees_of_freedom=problem.degrees_of_freedom(kappa),
     )
 
-# %% ../../nbs/10_structure/02_ridge.ipynb #b0000015
+# %% ../../nbs/10_structure/02_ridge.ipynb #37063491
 Fits = Mapping[LayerPair, RidgeFit]
 """What `fit_all` returns."""
 
@@ -165,7 +165,7 @@ def fit_all(moments: Moments, ridge: float | None = None) -> dict[LayerPair, Rid
     """`fit_ridge` of every layer pair."""
     return {pair: fit_ridge(moments[pair], ridge) for pair in moments.layer_pairs}
 
-
+# %% ../../nbs/10_structure/02_ridge.ipynb #b0000015
 def fit_of(moments: Moments, layer_pair: LayerPair, ridge: float | None, fits: Fits | None) -> RidgeFit:
     """The fit of one layer pair: from `fits` if given, else made now with `ridge`. ValueError for both."""
     if fits is None:
