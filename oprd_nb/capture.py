@@ -32,7 +32,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
         inner = inner.get_base_model()
     return inner.get_decoder() or inner.base_model
 
-# %% ../nbs/04_capture.ipynb #2ff61e95
+# %% ../nbs/04_capture.ipynb #95a7a8e5
 def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and content of the list of decoder blocks. ValueError if the backbone has no such list."""
     config: Any = backbone.config
@@ -45,7 +45,7 @@ def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
         "capture needs a decoder-only model"
     )
 
-
+# %% ../nbs/04_capture.ipynb #20708197
 def num_layers_of(model: nn.Module) -> int:
     """How many decoder layers the model has: L in the paper."""
     return len(blocks_of(backbone_of(model))[1])
@@ -57,7 +57,7 @@ LayerKey = int | str
 FINAL = "final"
 """The head's input: the last block's output after the final norm."""
 
-# %% ../nbs/04_capture.ipynb #5650d9f8
+# %% ../nbs/04_capture.ipynb #e6e0f826
 class CapturedLayers(Mapping[LayerKey, Tensor]):
     """What a pass captured, by layer. KeyError for a layer that was not, with a list of those that were."""
 
@@ -89,7 +89,7 @@ class Captured(CapturedLayers):
     def __getitem__(self, layer: LayerKey) -> Tensor:
         return self._entry(layer)
 
-
+# %% ../nbs/04_capture.ipynb #95ce57d3
 class CapturedWithGrad(CapturedLayers):
     """Hidden states of a pass with gradients: `captured[layer]` selects them anew, (n, d), each time."""
 
@@ -229,7 +229,7 @@ class _SparseSelect(torch.autograd.Function):
         coordinates = torch.stack([ctx.index // time, ctx.index % time])
         return torch.sparse_coo_tensor(coordinates, grad_outputs[0], ctx.shape, check_invariants=False), None
 
-
+# %% ../nbs/04_capture.ipynb #9d51d620
 class _DenseGradient(torch.autograd.Function):
     """The identity, whose gradient is dense: the deepest layer's comes from `_SparseSelect` alone."""
 
@@ -255,7 +255,7 @@ def _check_layers(layers: Iterable[LayerKey], num_layers: int) -> None:
             f"layers={layers}: {wrong or 'selects none'}; this model has layers 1 to {num_layers}"
         )
 
-
+# %% ../nbs/04_capture.ipynb #00cc9f9e
 def _run_backbone(
     model: nn.Module,
     input_ids: Int[Tensor, "batch time"],
@@ -342,7 +342,7 @@ def capture_with_grad(
     _run_backbone(model, input_ids, attention_mask, rows_by_layer, final_norm, remember)
     return CapturedWithGrad({key: states[key] for key in rows_by_layer})
 
-# %% ../nbs/04_capture.ipynb #fbfc4050
+# %% ../nbs/04_capture.ipynb #14ba1a22
 def capture_each(
     model: nn.Module,
     input_ids: Int[Tensor, "batch time"],
@@ -354,7 +354,7 @@ def capture_each(
     pass_ = capture_with_grad if torch.is_grad_enabled() else capture_frozen
     return pass_(model, input_ids, attention_mask, rows_by_layer, final_norm)
 
-
+# %% ../nbs/04_capture.ipynb #afa8186a
 def capture(
     model: nn.Module,
     input_ids: Int[Tensor, "batch time"],
@@ -376,7 +376,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     """Half precision raised to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
-
+# %% ../nbs/04_capture.ipynb #fd162910
 def _gather(head: nn.Module) -> None:
     """Gather the head's weight where FSDP2 shards the head by itself.
 

@@ -25,7 +25,7 @@ def log_probs(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabul
     """Log-softmax; probabilities of exactly zero stay finite."""
     return logits.log_softmax(-1).clamp(min=-1e4)
 
-
+# %% ../../nbs/20_objectives/04_output_space.ipynb #3434588b
 def kl(log_p: Float[Tensor, "n vocabulary"], log_q: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n"]:
     """D_KL(p || q) per position, in nats."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)

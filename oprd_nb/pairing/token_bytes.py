@@ -35,7 +35,7 @@ def _remembered(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         _MEMORY[tokenizer] = state, memory
     return memory
 
-# %% ../../nbs/07_pairing/02_token_bytes.ipynb #e6fbaa7b
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #6524465d
 def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The serialised rules of a fast tokenizer; of a slow one, written in Python, an empty model."""
     if not tokenizer.is_fast:
@@ -43,7 +43,7 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend: Any = tokenizer.backend_tokenizer
     return json.loads(backend.to_str())
 
-
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #d0706027
 def _settings(tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> dict[str, Any]:
     """What else is switched on that changes ids.
 
@@ -95,7 +95,7 @@ def _byte_alphabet() -> dict[str, int]:
     moved = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
 
-
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #28f18a9c
 def _byte_level(token: str) -> bytes:
     """The bytes of a byte-level token; a token of other characters stands for itself."""
     alphabet = _byte_alphabet()
@@ -139,7 +139,7 @@ class _TokenBytes(NamedTuple):
     lengths: np.ndarray
     exact: bool
 
-
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #4d84ec67
 def _bytes_of_all(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
     """The bytes of every token of the vocabulary."""
     vocabulary = tokenizer.get_vocab()
@@ -160,7 +160,7 @@ def _bytes_of_all(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
     lengths = np.array([-1 if piece is None else len(piece) for piece in [*pieces, None]])
     return _TokenBytes(pieces, lengths, exact)
 
-
+# %% ../../nbs/07_pairing/02_token_bytes.ipynb #99106162
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
     """`_bytes_of_all`, computed once per tokenizer."""
     memory = _remembered(tokenizer)
