@@ -89,7 +89,7 @@ class TeacherReading:
         prompted = replace(rollouts, prompts=prompts)
         return pair_positions(prompted, student_tokenizer, self.tokenizer, self.min_coverage)
 
-# %% ../nbs/08_teachers.ipynb #f52212df
+# %% ../nbs/08_teachers.ipynb #44c5ae2e
 class Teacher(TeacherReading):
     """A frozen model and its tokenizer: what it reads of rollouts, and its hidden states there."""
 

@@ -55,7 +55,7 @@ class Projection(Protocol):
         """ValueError if these maps were fitted for other models or another norm convention."""
         ...
 
-# %% ../../nbs/20_objectives/03_representation.ipynb #75facb6f
+# %% ../../nbs/20_objectives/03_representation.ipynb #dbbee504
 class ComparedLayers(Term):
     """The choice of layers: by `layers` and Eq. 11, by the bridge's pairs, or `layer_pairs` as given."""
 

@@ -65,7 +65,7 @@ class PairedPositions:
         """Bytes the student has consumed since the teacher's last boundary, for each of `student_rows`."""
         return self.offsets.flatten()[self.student_rows]
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #1b030b86
+# %% ../../nbs/07_pairing/03_positions.ipynb #b7ea4299
 class PairCoverage(PairedPositions):
     """How much of the responses is paired."""
 
@@ -93,7 +93,7 @@ class PairCoverage(PairedPositions):
         """Share of all response tokens that `mask` marks."""
         return (mask & self.response_mask).sum().item() / max(self.response_mask.sum().item(), 1)
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #64882d39
+# %% ../../nbs/07_pairing/03_positions.ipynb #220fda62
 class Pairs(PairCoverage):
     """What the teacher reads and the pairing of positions; the names under which both travel in a batch."""
 
@@ -118,7 +118,7 @@ def response_and_predicting(response_mask: Bool[Tensor, "batch time"]) -> Bool[T
     """The response tokens, and each position that predicts one."""
     return response_mask | Positions("all", predicting=True).mask(response_mask)
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #b0b2e1a1
+# %% ../../nbs/07_pairing/03_positions.ipynb #464354bb
 def identity_pairs(rollouts: Rollouts) -> Pairs:
     """Pairs of a teacher that reads exactly what the student wrote."""
     ids = rollouts.input_ids
@@ -167,7 +167,7 @@ def _shared_prefix(a: bytes, b: bytes) -> int:
         return n
     return int((np.frombuffer(a[:n], np.uint8) != np.frombuffer(b[:n], np.uint8)).argmax())
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #65201d41
+# %% ../../nbs/07_pairing/03_positions.ipynb #8ca52dd4
 def _whole_characters(data: bytes) -> str:
     """The text of `data` up to the first byte that begins no whole character."""
     try:
@@ -175,7 +175,7 @@ def _whole_characters(data: bytes) -> str:
     except UnicodeDecodeError as error:
         return data[: error.start].decode()
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #3b1e540e
+# %% ../../nbs/07_pairing/03_positions.ipynb #dfa54d6e
 def _join_bytes(ids: np.ndarray, table: _TokenBytes) -> tuple[bytes, np.ndarray]:
     """The bytes of `ids` up to the first special token, and the length of each token that far."""
     # Ids above the vocabulary (padded embedding tables) fall on the last entry, which is -1.
@@ -186,7 +186,7 @@ def _join_bytes(ids: np.ndarray, table: _TokenBytes) -> tuple[bytes, np.ndarray]
     pieces = [table.pieces[i] or b"" for i in ids[:count].tolist()]
     return b"".join(pieces), lengths[:count]
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #6a81f46c
+# %% ../../nbs/07_pairing/03_positions.ipynb #c1e9c79f
 def _without_prefix_space(data: bytes, lengths: np.ndarray, text: bytes) -> tuple[bytes, np.ndarray]:
     """The same without the one space at the front that `text` does not have."""
     surplus = (len(data) - len(data.lstrip(b" "))) - (len(text) - len(text.lstrip(b" ")))
@@ -196,7 +196,7 @@ def _without_prefix_space(data: bytes, lengths: np.ndarray, text: bytes) -> tupl
     lengths[(lengths > 0).argmax()] -= 1
     return data[1:], lengths
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #57faf640
+# %% ../../nbs/07_pairing/03_positions.ipynb #b6fe5883
 class _Response(NamedTuple):
     """A response as text and as bytes.
 
@@ -208,7 +208,7 @@ class _Response(NamedTuple):
     data: bytes
     lengths: np.ndarray
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #9c3845ec
+# %% ../../nbs/07_pairing/03_positions.ipynb #043fb8a4
 def _response_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> _Response:
     """What the tokens of a response say."""
     table = _token_bytes(tokenizer)
@@ -256,7 +256,7 @@ class _Alignment:
     num_read: np.ndarray
     offset: np.ndarray
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #6f47de82
+# %% ../../nbs/07_pairing/03_positions.ipynb #d6ce2cfd
 def _align_response(
     num_student_tokens: int,
     said: _Response,
@@ -285,7 +285,7 @@ def _align_response(
             index[-1] = len(teacher_ids)
     return _Alignment(teacher_ids, index, offset)
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #d91ccaae
+# %% ../../nbs/07_pairing/03_positions.ipynb #a017c1c7
 def _align_responses(
     responses: list[np.ndarray],
     student_tokenizer: PreTrainedTokenizerBase,
@@ -327,18 +327,18 @@ def _teacher_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list | None) -
     encoded = encode_prompts(tokenizer, [prompt for prompt, new in zip(prompts, is_new, strict=True) if new])
     return [encoded[number - 1] for number in np.cumsum(is_new)]
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #b614c3ab
+# %% ../../nbs/07_pairing/03_positions.ipynb #b94e8f1c
 def _up_to_gap(positions: np.ndarray) -> np.ndarray:
     """The leading run of consecutive positions."""
     gaps = np.flatnonzero(np.diff(positions) > 1)
     return positions[: gaps[0] + 1] if len(gaps) else positions
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #cd8ea2e3
+# %% ../../nbs/07_pairing/03_positions.ipynb #d5dafd7e
 def _response_positions(response_mask: Bool[Tensor, "batch time"]) -> list[np.ndarray]:
     """For each sequence, the positions of its response up to the first gap."""
     return [_up_to_gap(np.flatnonzero(row)) for row in response_mask.cpu().numpy()]
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #e7a0ba75
+# %% ../../nbs/07_pairing/03_positions.ipynb #09871e02
 def _teacher_batch(
     prompt_ids: list[list[int]], alignments: list[_Alignment], pad_token_id: int, prompts: list | None
 ) -> Rollouts:
@@ -355,7 +355,7 @@ def _teacher_batch(
         response_mask[b, len(prompt) : total] = True
     return Rollouts(input_ids, attention_mask, response_mask, prompts)
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #3771e727
+# %% ../../nbs/07_pairing/03_positions.ipynb #144daa15
 def _lay_out(
     rollouts: Rollouts,
     response_positions: list[np.ndarray],
@@ -389,7 +389,7 @@ def _lay_out(
         rollouts.response_mask,
     )
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #943ea6da
+# %% ../../nbs/07_pairing/03_positions.ipynb #ca01e4ad
 def _check_coverage(pairs: Pairs, min_coverage: float) -> None:
     """ValueError under `min_coverage`, a warning under 0.95; both name the least covered responses."""
     if pairs.coverage >= max(min_coverage, 0.95):
@@ -430,7 +430,7 @@ def pair_positions(
     _check_coverage(pairs, min_coverage)
     return pairs
 
-# %% ../../nbs/07_pairing/03_positions.ipynb #1a23c2a6
+# %% ../../nbs/07_pairing/03_positions.ipynb #6c088fe1
 def pair_prompted(rollouts: Rollouts, prompts: list, tokenizer: PreTrainedTokenizerBase) -> Pairs:
     """Pairs with a teacher of the same tokenizer that reads the same responses after other prompts.
 
