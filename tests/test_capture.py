@@ -109,7 +109,10 @@ def test_equal_to_output_hidden_states(name, mode, rollouts):
 
 
 def test_right_and_left_pads_read_as_no_pads():
-    """Every sequence alone, without padding, is the truth; GPT-2 has absolute positions, where left pads would shift it."""
+    """Every sequence alone, without padding, is the truth.
+
+    GPT-2 has absolute positions, where left pads would shift it.
+    """
     prompts, responses = [[3, 4, 5, 6], [7], [8, 9]], [[10, 11, 12, 2], [13, 14, 15, 16, 17, 2], [18]]
     for name in ("gpt2", "qwen3"):
         model = build(name).eval()

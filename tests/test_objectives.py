@@ -1,4 +1,7 @@
-"""Each loss against a from-scratch float64 reference, its gradient against finite differences, its estimator against a chi-squared test."""
+"""Each loss against a float64 reference, its gradient against finite differences.
+
+The sampled-token estimator against a chi-squared test.
+"""
 
 import math
 
@@ -48,7 +51,10 @@ PROMPTS = [[3, 4, 5, 6], [7], [8, 9], [3, 9]]
 
 
 def tiny_gpt2(seed, layers=3, width=32, vocab_size=40):
-    """GPT-2 and not Qwen3: its LayerNorm stays in float64, where RMSNorm computes in float32 and blurs finite differences."""
+    """GPT-2 and not Qwen3: its LayerNorm stays in float64.
+
+    RMSNorm computes in float32 and blurs finite differences.
+    """
     torch.manual_seed(seed)
     return (
         GPT2LMHeadModel(
@@ -109,7 +115,10 @@ def chosen(term, n):
 
 
 def reference_row(term, student_out, teacher_out, t, token):
-    """One row of one term from plain transformers outputs, in the notation of METHOD's table; `t` is the column of the token."""
+    """One row of one term from plain transformers outputs, written from the formulas.
+
+    `t` is the column of the token.
+    """
     if isinstance(term, Representation):
         at = t - 1 if term.predicting else t
         ids = {"all": [1, 2, 3], "even": [2], "1": [1], "last": [3]}[term.layers]
@@ -203,7 +212,10 @@ def test_gradient_by_finite_differences(term, models, rollouts):
 
 
 def projected_gradients(term, models, rollouts, draws, projections=50):
-    """Gradients of the term, prefixes fixed and tokens redrawn at temperature 1, on random directions; and the exact KL gradient's."""
+    """Gradients of the term, prefixes fixed and tokens redrawn at temperature 1, on random directions.
+
+    Also the exact KL gradient's.
+    """
     student, teacher = models
     mask = term.mask(identity_pairs(rollouts))
     states = [
@@ -236,7 +248,10 @@ def projected_gradients(term, models, rollouts, draws, projections=50):
 
 
 def p_value(samples, expected):
-    """Hotelling's T-squared of the mean against `expected`, whose large-sample law is chi-squared with one degree a projection."""
+    """Hotelling's T-squared of the mean against `expected`.
+
+    Its large-sample law is chi-squared with one degree of freedom per projection.
+    """
     n, k = samples.shape
     off = samples.mean(0) - expected
     t2 = n * off @ np.linalg.solve(np.cov(samples.T), off)
@@ -260,7 +275,10 @@ def test_sampled_token_gradient_is_the_kl_gradient_on_average(control_variate, s
 
 
 def test_back_propagating_the_log_ratio_would_be_caught(small_models):
-    """The classic bug: the same statistic must reject the gradient of the log-ratio itself, whose expectation is zero."""
+    """The classic bug: the same statistic must reject the gradient of the log-ratio itself.
+
+    The expectation of that gradient is zero.
+    """
 
     class Bug(SampledTokenKL):
         def of_logits(self, student_logits, teacher_logits, tokens):
@@ -286,7 +304,10 @@ def test_control_variate_lowers_the_variance(small_models):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("term", TERMS, ids=repr)
 def test_pads_change_nothing(term, side, models, rollouts):
-    """Each response alone and unpadded, with the step's divisors, adds up to the padded batch; pad == eos throughout."""
+    """Each response alone and unpadded, with the step's divisors, adds up to the padded batch.
+
+    The pad token is the end of the turn throughout.
+    """
     student, teacher = models
     padded = Rollouts.from_ids(PROMPTS, RESPONSES, pad_token_id=2, side=side)
     counts = as_objective(term).counts(identity_pairs(padded))
@@ -425,7 +446,10 @@ def test_masked_logits_keep_losses_and_gradients_finite(models, rollouts):
 
 
 def test_top_k_without_renormalisation_pulls_even_where_the_models_agree(models):
-    """sum over top k of p (log p - log q) is no divergence: at p = q its gradient is that of the top-k mass, and 0 only for k = V."""
+    """sum over top k of p (log p - log q) is no divergence.
+
+    At p = q its gradient is that of the top-k mass, and 0 only for k = V.
+    """
     student, _ = models
     hidden = torch.randn(5, 32, dtype=torch.float64)
     head = lm_head_of(student)

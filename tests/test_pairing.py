@@ -1,4 +1,7 @@
-"""Positions paired by bytes: against brute force, on embedded and byte-level tokenizers, where tokens split characters and text cannot be trusted."""
+"""Positions paired by bytes: against brute force, on embedded and byte-level tokenizers.
+
+There tokens split characters, and some text cannot be trusted.
+"""
 
 import random
 import warnings
@@ -16,7 +19,10 @@ from oprd_nb.pairing.layers import pair_layers
 from oprd_nb.pairing.positions import _align, identity_pairs, pair_positions
 from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
 
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def byte_level(vocab_size, text):
@@ -48,7 +54,10 @@ def tokenizers():
 
 
 def brute_force(rollouts, pairs, student_tokenizer, teacher_tokenizer):
-    """For each response token: the teacher prefix that spells the longest prefix of the student's bytes, found by trying all."""
+    """For each response token: the teacher prefix with the longest prefix of the student's bytes.
+
+    Found by trying all.
+    """
     tables = [vocabulary_bytes(t) for t in (student_tokenizer, teacher_tokenizer)]
     expected = []
     for b in range(len(rollouts)):

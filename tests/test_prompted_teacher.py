@@ -64,7 +64,10 @@ def test_prompts_as_ids_cannot_be_asked_anew(same, rollouts):
 
 @pytest.mark.parametrize("objective", [Representation(positions="all"), FullKL()], ids=["oprd", "opd-full"])
 def test_a_student_learns_from_itself_with_a_better_prompt(same, objective, tmp_path):
-    """The teacher holds the same weights as the student: plain, there is nothing to learn; asked otherwise, there is."""
+    """The teacher holds the same weights as the student.
+
+    Without a prompt of its own there is nothing to learn from it; with one, there is.
+    """
     losses = {}
     for name, prompt in (("plain", None), ("asked", longer)):
         config = OPRDConfig(

@@ -1,4 +1,7 @@
-"""Shapes in signatures are checked, not only written: the main path runs in a process where jaxtyping wraps the package at import."""
+"""Shapes in signatures are checked, not only written.
+
+The main path runs in a process where jaxtyping wraps the package at import.
+"""
 
 import subprocess
 import sys
@@ -20,7 +23,8 @@ MAIN_PATH = textwrap.dedent("""
     warnings.simplefilter("ignore", UserWarning)
     for name in ("same", "cross_tokenizer"):
         pair = embedded(name)
-        rollouts = HFSampler(pair.student, pair.tokenizer).sample(pair.task.train["prompt"][:4], max_new_tokens=30)
+        prompts = pair.task.train["prompt"][:4]
+        rollouts = HFSampler(pair.student, pair.tokenizer).sample(prompts, max_new_tokens=30)
         teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
         terms = [Representation(), Representation(distance="mse", positions="last:30%", predicting=True)]
         if name == "same":
@@ -29,12 +33,13 @@ MAIN_PATH = textwrap.dedent("""
             loss_of(1.0 * term, pair.student, teacher, rollouts, pair.tokenizer)[0].backward()
         pairs = teacher.read(rollouts, pair.tokenizer)
         with torch.no_grad():
-            ours = capture(pair.student, rollouts.input_ids, rollouts.attention_mask, pairs.student_rows, [2])[2]
-        theirs = teacher.capture(pairs, {2: pairs.teacher_rows})[2]
+            ids, mask = rollouts.input_ids, rollouts.attention_mask
+            student_states = capture(pair.student, ids, mask, pairs.student_rows, [2])[2]
+        teacher_states = teacher.capture(pairs, {2: pairs.teacher_rows})[2]
         moments = Moments([(2, 2)], 96, 96)
-        moments.update((2, 2), ours, theirs)
-        rank_curve(moments, heldout={(2, 2): (ours, theirs)}, ranks=[1, 8])
-        suggest_rank(moments, heldout={(2, 2): (ours, theirs)})
+        moments.update((2, 2), student_states, teacher_states)
+        rank_curve(moments, heldout={(2, 2): (student_states, teacher_states)}, ranks=[1, 8])
+        suggest_rank(moments, heldout={(2, 2): (student_states, teacher_states)})
     try:
         capture(pair.student, rollouts.input_ids[0], rollouts.attention_mask, pairs.student_rows, [2])
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Real and trained tokenizers paired by bytes: on random and mathematical text, against brute force, with coverage and speed."""
+"""Real and trained tokenizers paired by bytes, on random and mathematical text, against brute force, with coverage and speed."""
 
 import base64
 import functools
@@ -30,7 +30,10 @@ from oprd_nb.objectives.terms import as_objective
 from oprd_nb.pairing.positions import pair_positions
 from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
 
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
@@ -40,8 +43,8 @@ SPECIAL = ["<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>
 def text_at_hand():
     """Prose, code, mathematics and other scripts to train small tokenizers on."""
     scripts = (
-        "über naïve café Ångström Привет мир γειά σου שלום مرحبا 数学は楽しい 求和的结果是 😀👍🏽 ∑ ∫ √2 ≤ ∞ e\u0301\n"
-        * 30
+        "über naïve café Ångström Привет мир γειά σου שלום مرحبا "
+        "数学は楽しい 求和的结果是 😀👍🏽 ∑ ∫ √2 ≤ ∞ e\u0301\n" * 30
     )
     solutions = "".join(
         f"First $ {a} + {b} = {a + b} $, so \\frac{{{a}}}{{{b}}} is left.\n"
@@ -82,7 +85,10 @@ def gpt2_like(vocab_size=900, **settings):
 
 
 def llama_like():
-    """SentencePiece BPE as Llama's conversion writes it: `▁` before every text, bytes for what is not in the vocabulary."""
+    """SentencePiece BPE as Llama's conversion writes it.
+
+    `▁` before every text, bytes for what is not in the vocabulary.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
     tokenizer.train_from_iterator(
@@ -287,7 +293,10 @@ def random_texts(count, seed=0):
 
 
 def real_texts(count, characters=1200):
-    """Mathematical text from the problem sets of `OPRD_DATA`, solution-long; generated solutions where there are none."""
+    """Mathematical text from the problem sets of `OPRD_DATA`, solution-long.
+
+    Generated solutions where there are none.
+    """
     file = Path(os.environ.get("OPRD_DATA") or "nowhere") / "math500.parquet"
     if not file.is_file():
         pytest.skip("needs real problems: set OPRD_DATA to their folder")
@@ -298,7 +307,11 @@ def real_texts(count, characters=1200):
 
 
 def written(texts, tokenizer, seed=0, cut=True):
-    """What a student with this tokenizer wrote: ended, truncated (also inside a character), in tokens no encoder would choose, with control tokens, or any ids at all."""
+    """What a student with this tokenizer wrote.
+
+    Ended, truncated (also inside a character), in tokens no encoder would choose, with control tokens,
+    or any ids at all.
+    """
     r, prompts, responses = random.Random(seed), [], []
     for text in texts:
         at = r.randrange(len(text) + 1) if cut and r.random() < 0.2 else 0
@@ -374,7 +387,10 @@ def without_space(pieces, text):
 
 
 def brute_force(ids, theirs, end, tokenizers, names):
-    """For a response's start and each of its tokens: (teacher tokens read, offset) or None, by comparing all prefixes with all prefixes."""
+    """(teacher tokens read, offset) or None, for a response's start and each of its tokens.
+
+    Found by comparing all prefixes with all prefixes.
+    """
     student, teacher = tokenizers
     ours = spelled_one_by_one(ids, student, names[0])
     if names[0] not in BYTE_LEVEL:
@@ -412,7 +428,10 @@ def brute_force(ids, theirs, end, tokenizers, names):
 
 
 def check(names, texts, exact=True, cut=True):
-    """Every claim about the pairs of these texts; returns their coverage, at any offset and at shared boundaries."""
+    """Every claim about the pairs of these texts.
+
+    Returns their coverage, at any offset and at shared boundaries.
+    """
     student, teacher = map(the, names)
     rollouts = written(texts, student, cut=cut)
     pairs = paired(rollouts, student, teacher)
@@ -464,7 +483,8 @@ def test_two_thousand_random_texts(names):
     sums = [check(names, texts[i : i + 250]) for i in range(0, 2000, 250)]
     coverage, boundaries = np.mean(sums, axis=0)
     print(
-        f"\nrandom text, {' -> '.join(names)}: {coverage:.1%} at any offset, {boundaries:.1%} at a shared boundary"
+        f"\nrandom text, {' -> '.join(names)}: {coverage:.1%} at any offset, "
+        f"{boundaries:.1%} at a shared boundary"
     )
     if set(names) <= BYTE_LEVEL:
         assert (0.8 if "smollm2" in names else 0.9) < coverage <= 1.0 and 0.5 < boundaries <= coverage
@@ -475,7 +495,8 @@ def test_mathematical_text_is_covered(names, request):
     texts = real_texts(*(50, 1000) if request.config.getoption("--slow") else (3, 500))
     coverage, boundaries = check(names, texts, cut=False)
     print(
-        f"\nmathematics, {' -> '.join(names)}: {coverage:.1%} at any offset, {boundaries:.1%} at a shared boundary"
+        f"\nmathematics, {' -> '.join(names)}: {coverage:.1%} at any offset, "
+        f"{boundaries:.1%} at a shared boundary"
     )
     if "wordpiece" not in names:
         assert coverage == 1.0
@@ -773,7 +794,8 @@ def test_pairs_two_hundred_thousand_tokens_a_second(names):
         encoding.append(time.process_time() - start)
     whole, alone = statistics.median(seconds), statistics.median(encoding)
     print(
-        f"\n{' -> '.join(names)}: {64_000 / whole:,.0f} student tokens a second, {64_000 / max(whole - alone, 1e-9):,.0f} without the teacher's tokenization"
+        f"\n{' -> '.join(names)}: {64_000 / whole:,.0f} student tokens per second, "
+        f"{64_000 / max(whole - alone, 1e-9):,.0f} without the teacher's tokenization"
     )
     assert (
         pairs.coverage == 1.0 and 64_000 / whole > 100_000
