@@ -32,7 +32,7 @@ class PairedDifference(NamedTuple):
     high: float
     p: float
 
-
+# %% ../../nbs/21_evaluation/03_comparison.ipynb #9f3d676e
 def paired_difference(a: Float[np.ndarray, "problems"], b: Float[np.ndarray, "problems"]) -> PairedDifference:
     """a - b over the problems where both are known. NaN for fewer than two of them."""
     difference = a - b
@@ -67,12 +67,12 @@ def paired_diversities(a: Evaluation, b: Evaluation) -> list[Float[np.ndarray, "
             columns.append(token_diversity(run.samples, size))
     return columns
 
-
+# %% ../../nbs/21_evaluation/03_comparison.ipynb #3ed868b7
 def prompts_of(run: Evaluation) -> pd.Series:
     """The prompt of each problem, as text, by problem."""
     return run.samples.drop_duplicates("problem").set_index("problem")["prompt"].sort_index()
 
-
+# %% ../../nbs/21_evaluation/03_comparison.ipynb #2c82c6d1
 def compare(run_a: Evaluation, run_b: Evaluation, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Paired differences a - b: columns metric, a, b, difference, low, high, p.
 
@@ -209,7 +209,7 @@ def evaluations_by_set(
             by_set.setdefault(set_name, {})[name] = result
     return by_set
 
-
+# %% ../../nbs/21_evaluation/03_comparison.ipynb #3138e4c6
 def paired_table(
     evaluations: Mapping[str, Evaluation | Sequence[Evaluation]],
     metrics: Sequence[str] = DEFAULT_METRICS,
@@ -247,7 +247,7 @@ LATEX_NOTE = (
     "per cent, lengths in tokens"
 )
 
-
+# %% ../../nbs/21_evaluation/03_comparison.ipynb #17dd1b72
 def export_table(table: PairedTable, path: str | Path) -> list[Path]:
     """Write a table as Markdown, LaTeX and CSV: the one that `path` ends in, else all three under its name.
 

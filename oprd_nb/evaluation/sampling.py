@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDED', 'write_samples', 'read_samples', 'SampleTable', 'SampleMetrics', 'format_metric', 'stored_rollouts',
            'Evaluation', 'prompt_text', 'sample_rows', 'weights_mark', 'problems_mark', 'check_settings', 'Chunks',
-           'problems_of', 'evaluate']
+           'problems_of', 'sample_chunks', 'evaluate']
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000002
 import json
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,7 @@ def write_samples(samples: pd.DataFrame, settings: dict, path: str | Path) -> Pa
         stored.to_parquet(unfinished, index=False)
     return Path(path)
 
-
+# %% ../../nbs/21_evaluation/02_sampling.ipynb #c433120f
 def read_samples(path: str | Path) -> tuple[pd.DataFrame, dict]:
     """A table of samples and its settings. ValueError where the file is missing or no parquet."""
     try:
@@ -150,7 +151,7 @@ def stored_rollouts(samples: pd.DataFrame, prompts: Sequence, tokenizer: PreTrai
     responses = [list(ids) for ids in samples["token_ids"]]
     prompt_ids = encode_prompts(tokenizer, messages)
     return Rollouts.from_ids(
-        prompt_ids, responses, tokenizer.pad_token_id, prompts=messages, log_probs=log_probs
+        prompt_ids, responses, cast(int, tokenizer.pad_token_id), prompts=messages, log_probs=log_probs
     )
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #fa2a79ff
@@ -177,9 +178,9 @@ class Evaluation(SampleMetrics):
         names = [name for name in ("set", "problems", "n", "temperature") if name in self.settings]
         lines = [", ".join(f"{name} {self.settings[name]}" for name in names)]
         lines += ["", "| metric | value | 95 % interval |", "|---|---:|---:|"]
-        for row in self.summary.itertuples():
-            value, low, high = (format_metric(row.metric, x) for x in (row.value, row.low, row.high))
-            lines.append(f"| {row.metric} | {value} | {low} to {high} |")
+        for metric, *numbers in self.summary.itertuples(index=False):
+            value, low, high = (format_metric(metric, number) for number in numbers)
+            lines.append(f"| {metric} | {value} | {low} to {high} |")
         note = "Per cent, lengths in tokens"
         if self.diversity_size:
             note += f"; distinct_4 among {self.diversity_size:,} 4-grams"
@@ -192,7 +193,7 @@ def prompt_text(messages: Sequence[dict[str, str]]) -> str:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
-
+# %% ../../nbs/21_evaluation/02_sampling.ipynb #ebffac21
 def sample_rows(
     rollouts: Rollouts, sampler: Sampler, problems: Dataset, indices: Sequence[int], name: str, seconds: float
 ) -> pd.DataFrame:
@@ -242,7 +243,7 @@ def problems_mark(problems: Dataset) -> int:
     """A checksum of the prompts and answers of a set, in their order."""
     return zlib.crc32(json.dumps([list(problems["prompt"]), list(problems["answer"])]).encode())
 
-
+# %% ../../nbs/21_evaluation/02_sampling.ipynb #133c802d
 def check_settings(stored: dict, requested: dict, path: Path) -> None:
     """ValueError where the samples stored at `path` were made with other settings than those requested."""
     for name, value in requested.items():
@@ -313,6 +314,35 @@ def problems_of(problems: Dataset | Task, name: str | None, n: int) -> tuple[Dat
         )
     return chosen, name
 
+# %% ../../nbs/21_evaluation/02_sampling.ipynb #e0e19508
+def sample_chunks(
+    sampler: Sampler, problems: Dataset, chunks: Chunks, settings: dict, batch_size: int, progress: bool
+) -> None:
+    """Sample the problems that `chunks` does not have yet, about `batch_size` responses at a time.
+
+    `settings`: set, n, temperature, max_new_tokens and seed, as `evaluate` stores them.
+    """
+    finished = chunks.problems
+    remaining = [i for i in range(len(problems)) if i not in finished]
+    at_once = max(1, batch_size // settings["n"])
+    name = settings["set"]
+    total = len(problems)
+    with tqdm(total=total, initial=len(finished), unit="problem", desc=name, disable=not progress) as bar:
+        for start in range(0, len(remaining), at_once):
+            indices = remaining[start : start + at_once]
+            seed = np.random.default_rng([settings["seed"], indices[0]]).integers(2**31)
+            started = time.perf_counter()
+            rollouts = sampler.sample(
+                list(problems.select(indices)["prompt"]),
+                n=settings["n"],
+                temperature=settings["temperature"],
+                max_new_tokens=settings["max_new_tokens"],
+                seed=int(seed),
+            )
+            seconds = time.perf_counter() - started
+            chunks.add(sample_rows(rollouts, sampler, problems, indices, name, seconds))
+            bar.update(len(indices))
+
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000010
 def evaluate(
     sampler: Sampler,
@@ -340,8 +370,8 @@ def evaluate(
     chosen, name = problems_of(problems, name, n)
     if max_new_tokens is None:
         max_new_tokens = problems.max_new_tokens if isinstance(problems, Task) else Task.max_new_tokens
-    sampling = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    settings = {"set": name, "problems": len(chosen)} | sampling
+    settings = {"set": name, "problems": len(chosen), "n": n, "temperature": temperature}
+    settings |= {"max_new_tokens": max_new_tokens, "seed": seed}
     if path is not None:
         path = Path(path)
         settings |= {"checksum": problems_mark(chosen), "weights": weights}
@@ -350,26 +380,7 @@ def evaluate(
             check_settings(stored, settings, path)
             return Evaluation(samples, settings, tuple(ks or stored.get("ks", ())))
     chunks = Chunks(path, settings)
-    finished = chunks.problems
-    remaining = [i for i in range(len(chosen)) if i not in finished]
-    at_once = max(1, batch_size // n)
-    with tqdm(
-        total=len(chosen), initial=len(finished), unit="problem", desc=name, disable=not progress
-    ) as bar:
-        for start in range(0, len(remaining), at_once):
-            indices = remaining[start : start + at_once]
-            chunk_seed = int(np.random.default_rng([seed, indices[0]]).integers(2**31))
-            started = time.perf_counter()
-            rollouts = sampler.sample(
-                list(chosen.select(indices)["prompt"]),
-                n=n,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=chunk_seed,
-            )
-            seconds = time.perf_counter() - started
-            chunks.add(sample_rows(rollouts, sampler, chosen, indices, name, seconds))
-            bar.update(len(indices))
+    sample_chunks(sampler, chosen, chunks, settings, batch_size, progress)
     result = Evaluation(chunks.samples(), settings, tuple(ks or ()))
     if path is not None:
         # First the whole file: a kill between these two lines must not lose a sample.

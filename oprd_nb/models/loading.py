@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'unpacked_smollm2', 'locate_model', 'quantization_config', 'is_adapter_folder', 'with_stored_adapters',
-           'load_model', 'first_line', 'load_tokenizer', 'check_tokenizer', 'end_tokens', 'add_noise']
+           'first_line', 'load_whole_model', 'load_model', 'load_tokenizer', 'check_tokenizer', 'end_tokens',
+           'add_noise']
 
 # %% ../../nbs/05_models/01_loading.ipynb #00000002
 import importlib.util
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import (
@@ -21,6 +23,7 @@ from peft import (
     load_peft_weights,
     prepare_model_for_kbit_training,
 )
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,7 +64,7 @@ def unpacked_smollm2() -> Path:
 # %% ../../nbs/05_models/01_loading.ipynb #00000005
 EMBEDDED = Path(str(files("oprd_nb"))) / "embedded"
 
-
+# %% ../../nbs/05_models/01_loading.ipynb #f9b49792
 def locate_model(name: str | Path) -> str:
     """The folder or hub id that `name` stands for.
 
@@ -100,7 +103,7 @@ def is_adapter_folder(path: str | Path) -> bool:
     """Whether `path` holds adapters (an `adapter_config.json`) and not a whole model."""
     return (Path(path) / "adapter_config.json").is_file()
 
-
+# %% ../../nbs/05_models/01_loading.ipynb #ccd4419b
 def with_stored_adapters(base: PreTrainedModel, folder: str, quantized: bool) -> PeftModel:
     """`base` with the adapters of a folder, trainable, in the precision in which they were stored."""
     if quantized:
@@ -114,6 +117,27 @@ def with_stored_adapters(base: PreTrainedModel, folder: str, quantized: bool) ->
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     return model
+
+# %% ../../nbs/05_models/01_loading.ipynb #81fdcbff
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its full stop."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+# %% ../../nbs/05_models/01_loading.ipynb #e2f52fe7
+def load_whole_model(
+    path: str | Path, quantize: str | None = None, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """A model without adapters. ValueError for one that cannot be found or read, or an unknown `quantize`."""
+    quantization = quantization_config(quantize)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            locate_model(path), dtype=dtype, quantization_config=quantization
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model={str(path)!r}: cannot be loaded ({first_line(error)}); "
+            "give a model folder or a reachable hub id"
+        ) from None
 
 # %% ../../nbs/05_models/01_loading.ipynb #00000008
 def load_model(
@@ -135,27 +159,15 @@ def load_model(
             raise ValueError(
                 f"lora: {str(path)!r} has adapters already; give its base model, or go on with these"
             )
-        base_path = PeftConfig.from_pretrained(where).base_model_name_or_path
-        base = load_model(base_path, None, quantize, dtype)
+        base_path = str(PeftConfig.from_pretrained(where).base_model_name_or_path)
+        base = load_whole_model(base_path, quantize, dtype)
         return with_stored_adapters(base, where, quantized=quantize is not None).eval()
-    quantization = quantization_config(quantize)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, quantization_config=quantization)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model={str(path)!r}: cannot be loaded ({first_line(error)}); "
-            "give a model folder or a reachable hub id"
-        ) from None
-    if lora is not None:
-        if quantize is not None:
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, lora)
-    return model.eval()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
+    model = load_whole_model(path, quantize, dtype)
+    if lora is None:
+        return model.eval()
+    if quantize is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return cast(PeftModel, get_peft_model(model, lora)).eval()
 
 # %% ../../nbs/05_models/01_loading.ipynb #0000000a
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -180,7 +192,7 @@ def check_tokenizer(
 
     `whose` ("student", "teacher") names the model in the message.
     """
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > embeddings:
         raise ValueError(
             f"{whose} tokenizer: {len(tokenizer)} tokens for a model with {embeddings} embeddings; "
@@ -188,12 +200,12 @@ def check_tokenizer(
         )
 
 # %% ../../nbs/05_models/01_loading.ipynb #0000000e
-def end_tokens(
-    model: PreTrainedModel | PeftModel | GenerationConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
+def end_tokens(model: nn.Module | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a response: those of the generation configuration and the tokenizer's."""
-    config = model if isinstance(model, GenerationConfig) else model.generation_config
-    declared = config.eos_token_id
+    config = model
+    if isinstance(model, nn.Module):
+        config = cast(PreTrainedModel, model).generation_config
+    declared = cast(GenerationConfig, config).eos_token_id
     if not isinstance(declared, list):
         declared = [declared]
     return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})

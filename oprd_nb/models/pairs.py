@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import load_model, load_tokenizer
+from .loading import load_tokenizer, load_whole_model
 from ..tasks.problems import Task, arithmetic
 
 # %% ../../nbs/05_models/02_pairs.ipynb #00000005
@@ -25,10 +25,10 @@ class ModelPair:
     teacher_tokenizer: PreTrainedTokenizerBase
     task: Task
 
-
+# %% ../../nbs/05_models/02_pairs.ipynb #72fb792c
 PAIRS = {"same": "teacher", "cross_architecture": "teacher_wide", "cross_tokenizer": "teacher_tokens"}
 
-
+# %% ../../nbs/05_models/02_pairs.ipynb #89ea5b16
 def embedded(name: str = "same") -> ModelPair:
     """The pair `"same"`, `"cross_architecture"` or `"cross_tokenizer"`, in float32, with its task."""
     if name not in PAIRS:
@@ -36,8 +36,8 @@ def embedded(name: str = "same") -> ModelPair:
     student = "embedded/student"
     teacher = f"embedded/{PAIRS[name]}"
     return ModelPair(
-        load_model(student, dtype=torch.float32),
-        load_model(teacher, dtype=torch.float32),
+        load_whole_model(student, dtype=torch.float32).eval(),
+        load_whole_model(teacher, dtype=torch.float32).eval(),
         load_tokenizer(student),
         load_tokenizer(teacher),
         arithmetic(),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS_NORMALISED', 'plain_weights', 'head_dim_of', 'with_heads', 'fill_halves', 'fill_heads', 'import_vllm',
            'engine_head_dim', 'engine_source', 'engine_options', 'stored_generation_config', 'VLLMEngine',
-           'VLLMWeights', 'VLLMSampler']
+           'VLLMAdapters', 'check_same_model', 'VLLMWeights', 'VLLMWriter', 'VLLMSampler']
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #00000002
 import copy
@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -71,7 +71,7 @@ def head_dim_of(config: PretrainedConfig) -> int:
     """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
-
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #57dcd59f
 def with_heads(config: PretrainedConfig, size: int) -> PretrainedConfig:
     """The configuration with heads `size` wide and the same rotary angles.
 
@@ -143,7 +143,7 @@ def import_vllm() -> ModuleType:
             "on a GPU install the extra 'vllm'"
         ) from error
 
-
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #5947802e
 def engine_head_dim(config: PretrainedConfig) -> int:
     """The narrowest head the engine has for this model: its own on a GPU, on a CPU one of a list."""
     own = head_dim_of(config)
@@ -165,9 +165,9 @@ def engine_source(model: str | Path | nn.Module, dtype: str) -> str | nn.Module:
         return load_model(path, dtype=dtype)
     return path
 
-
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #681d0a52
 def engine_options(lora_rank: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `vllm.LLM`: our defaults, room for adapters up to `lora_rank` (0: none), then `options`."""
+    """Options of `vllm.LLM`: our defaults, adapters of up to `lora_rank` (0: none), then `options`."""
     defaults: dict[str, Any] = {
         "enforce_eager": not torch.cuda.is_available(),
         "generation_config": "vllm",
@@ -175,12 +175,12 @@ def engine_options(lora_rank: int, options: dict[str, Any]) -> dict[str, Any]:
         "logprobs_mode": "raw_logprobs",
     }
     if lora_rank:
-        # The engine has room for ranks of 8, 16, 32, ... only.
+        # The engine takes ranks of 8, 16, 32, ... only.
         rank = max(8, 2 ** math.ceil(math.log2(lora_rank)))
         defaults |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     return defaults | options
 
-
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #5caa66d6
 def stored_generation_config(folder: str) -> GenerationConfig:
     """The generation configuration of a model folder or hub id, or what its model's configuration implies."""
     try:
@@ -228,37 +228,16 @@ class VLLMEngine:
         self.engine.llm_engine.engine_core.shutdown()
         self._folder.cleanup()
 
-# %% ../../nbs/06_rollouts/03_vllm.ipynb #0000000f
-class VLLMWeights(VLLMEngine):
-    """An engine whose weights follow a student's."""
-
-    def sync(self, student: nn.Module) -> None:
-        """Sample from the student's present weights from now on.
-
-        ValueError for a student that is not the engine's model, or adapters that it has no room for.
-        """
-        student_config = cast(PreTrainedModel, student).config
-        engine_config = self.engine.model_config.hf_config
-        for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-            has = getattr(student_config, name)
-            expected = getattr(engine_config, name)
-            if has != expected:
-                raise ValueError(
-                    f"student: has {name}={has}, the engine's model {expected}; start an engine for this one"
-                )
-        if isinstance(student, PeftModel):
-            self._swap_adapters(student)
-        else:
-            weights = fill_heads(plain_weights(student), student_config, engine_head_dim(student_config))
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self.engine.reset_prefix_cache()
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #403a795b
+class VLLMAdapters(VLLMEngine):
+    """An engine that takes a student's adapters in place of the ones before."""
 
     def _swap_adapters(self, student: PeftModel) -> None:
         """Write the student's adapters as a folder, hand it to the engine, and remove the ones before."""
-        adapters = student.active_peft_config
+        adapters = cast(LoraConfig, student.active_peft_config)
         if adapters.r > self._lora_rank:
             raise ValueError(
-                f"student: has adapters of rank {adapters.r}, the engine room for rank {self._lora_rank}; "
+                f"student: has adapters of rank {adapters.r}, the engine takes up to rank {self._lora_rank}; "
                 f"start it with lora_rank={adapters.r}"
             )
         config = cast(PreTrainedModel, student).config
@@ -276,39 +255,38 @@ class VLLMWeights(VLLMEngine):
         self._adapter = requests.LoRARequest(f"student-{number}", number, str(folder))
         self.engine.llm_engine.add_lora(self._adapter)
 
-# %% ../../nbs/06_rollouts/03_vllm.ipynb #0000000e
-class VLLMSampler(VLLMWeights):
-    """Samples with a vLLM engine in this process.
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #acc7db06
+def check_same_model(student: PretrainedConfig, engine: PretrainedConfig) -> None:
+    """ValueError where a student's configuration is not that of the engine's model."""
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        has = getattr(student, name)
+        expected = getattr(engine, name)
+        if has != expected:
+            raise ValueError(
+                f"student: has {name}={has}, the engine's model {expected}; start an engine for this one"
+            )
 
-    `model`: a model or adapter folder, a hub id, a short form, or a model in memory.
-    `tokenizer`: by default the folder's; needed for a model in memory.
-    `lora_rank` makes room for adapters of a student that comes later.
-    `dtype`: by default float32 on a CPU, where nothing is gained by less, and the stored one on a GPU.
-    `options` go to `vllm.LLM` (`max_model_len`, `gpu_memory_utilization`, `enforce_eager`, ...).
-    """
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #0000000f
+class VLLMWeights(VLLMAdapters):
+    """An engine whose weights follow a student's."""
 
-    def __init__(
-        self,
-        model: str | Path | nn.Module,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        lora_rank: int = 0,
-        dtype: str | None = None,
-        **options,
-    ):
-        if tokenizer is None:
-            if isinstance(model, nn.Module):
-                raise ValueError("tokenizer=None: a model in memory comes without its tokenizer; give it")
-            tokenizer = load_tokenizer(model)
-        # First of all the import: where vLLM is missing, its error says how to get it.
-        import_vllm()
-        if dtype is None:
-            dtype = "auto" if torch.cuda.is_available() else "float32"
-        source = engine_source(model, dtype)
-        if isinstance(source, PeftModel):
-            lora_rank = max(lora_rank, *(config.r for config in source.peft_config.values()))
-        super().__init__(source, tokenizer, lora_rank, dtype, options)
-        if isinstance(source, PeftModel):
-            self.sync(source)
+    def sync(self, student: nn.Module) -> None:
+        """Sample from the student's present weights from now on.
+
+        ValueError for a student that is not the engine's model, or adapters of a rank that it cannot take.
+        """
+        config = cast(PreTrainedModel, student).config
+        check_same_model(config, self.engine.model_config.hf_config)
+        if isinstance(student, PeftModel):
+            self._swap_adapters(student)
+        else:
+            weights = fill_heads(plain_weights(student), config, engine_head_dim(config))
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.engine.reset_prefix_cache()
+
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #5d27a20b
+class VLLMWriter(VLLMWeights):
+    """An engine that writes rollouts."""
 
     def sample(
         self,
@@ -350,3 +328,39 @@ class VLLMSampler(VLLMWeights):
         ]
         pad_token_id = cast(int, self.tokenizer.pad_token_id)
         return Rollouts.from_ids(prompt_ids, responses, pad_token_id, prompts=chat, log_probs=log_probs)
+
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #0000000e
+class VLLMSampler(VLLMWriter):
+    """Samples with a vLLM engine in this process.
+
+    `model`: a model or adapter folder, a hub id, a short form, or a model in memory.
+    `tokenizer`: by default the folder's; needed for a model in memory.
+    `lora_rank`: the largest rank of a student's adapters that come later.
+    `dtype`: by default float32 on a CPU, where nothing is gained by less, and the stored one on a GPU.
+    `options` go to `vllm.LLM` (`max_model_len`, `gpu_memory_utilization`, `enforce_eager`, ...).
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        lora_rank: int = 0,
+        dtype: str | None = None,
+        **options,
+    ):
+        if tokenizer is None:
+            if isinstance(model, nn.Module):
+                raise ValueError("tokenizer=None: a model in memory comes without its tokenizer; give it")
+            tokenizer = load_tokenizer(model)
+        # First of all the import: where vLLM is missing, its error says how to get it.
+        import_vllm()
+        if dtype is None:
+            dtype = "auto" if torch.cuda.is_available() else "float32"
+        source = engine_source(model, dtype)
+        if isinstance(source, PeftModel):
+            lora_rank = max(
+                lora_rank, *(cast(LoraConfig, config).r for config in source.peft_config.values())
+            )
+        super().__init__(source, tokenizer, lora_rank, dtype, options)
+        if isinstance(source, PeftModel):
+            self.sync(source)
