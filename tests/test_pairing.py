@@ -214,7 +214,8 @@ def test_layer_map_is_monotone_and_meets_at_both_ends(student, teacher):
         student == 1 or pairs[0][1] == 1
     )
     for l, t in pairs[:-1]:
-        assert abs((l - 1) / max(student - 1, 1) * (teacher - 1) + 1 - t) <= 0.5
+        # |(l - 1) / (student - 1) * (teacher - 1) + 1 - t| <= 1/2, in whole numbers
+        assert 2 * abs((l - 1) * (teacher - 1) - (t - 1) * (student - 1)) <= student - 1
 
 
 def test_embedded_coverage_is_reported_by_offset():

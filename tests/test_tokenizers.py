@@ -1,4 +1,7 @@
-"""Real and trained tokenizers paired by bytes, on random and mathematical text, against brute force, with coverage and speed."""
+"""Real and trained tokenizers paired by bytes.
+
+On random and mathematical text, against brute force, with coverage and speed.
+"""
 
 import base64
 import functools
@@ -55,7 +58,7 @@ def text_at_hand():
 
 
 def wrapped(tokenizer, **settings):
-    """A transformers tokenizer with this room's special tokens and chat template."""
+    """A transformers tokenizer with these tests' special tokens and chat template."""
     tokenizer.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -346,7 +349,7 @@ def paired(rollouts, student, teacher):
         return pair_positions(rollouts, student, teacher, min_coverage=0.0)
 
 
-# ---------------------------------------------------------------- the naive twin
+# ---------------------------------------------------------------- the naive version
 
 
 def spelled_one_by_one(ids, tokenizer, name):
