@@ -37,7 +37,9 @@ SAID = [
 class Letters:
     """A tokenizer of single characters; the end of a turn is 0."""
 
-    chat_template, pad_token_id, name_or_path = "", 0, "letters"
+    chat_template = ""
+    pad_token_id = 0
+    name_or_path = "letters"
 
     def batch_decode(self, ids, skip_special_tokens=True):
         return ["".join(chr(i) for i in row if i) for row in ids]
@@ -119,7 +121,8 @@ def test_every_metric_of_the_fixture_by_hand():
     # Seven words have four 4-grams, of which only the last holds the answer; six words have three.
     grams = [(4 + 1) / 16, (4 + 2) / 16, (4 + 3) / 15, (4 + 1) / 16, (4 + 1) / 16, (3 + 4) / 13]
     expected["dist4"] = sum(grams) / 6
-    boxed, unboxed = len("I think that the answer is \\boxed{7}") + 1, len("I do not know the answer") + 1
+    boxed = len("I think that the answer is \\boxed{7}") + 1
+    unboxed = len("I do not know the answer") + 1
     expected["length/mean"] = (20 * boxed + 2 + 4 * unboxed) / 24
     for name, value in expected.items():
         assert result[name] == pytest.approx(value), name
@@ -172,7 +175,8 @@ def test_dist_4g_counts_words():
 
 def test_distinct_at_equal_size_does_not_punish_length():
     rng = np.random.default_rng(0)
-    short, long = rng.integers(0, 8, (2, 300)).tolist(), rng.integers(0, 8, (2, 3000)).tolist()
+    short = rng.integers(0, 8, (2, 300)).tolist()
+    long = rng.integers(0, 8, (2, 3000)).tolist()
     assert distinct_n(long, 3) < 0.5 * distinct_n(short, 3)
     assert distinct_n(long, 3, 200) == pytest.approx(distinct_n(short, 3, 200), rel=0.05)
 
@@ -299,7 +303,8 @@ def test_seeds_repeat_and_differ():
 
 @pytest.mark.parametrize("fails_at", [1, 2, 5])
 def test_a_cut_evaluation_goes_on_and_ends_the_same(tmp_path, fails_at):
-    task, path = questions(17), tmp_path / "runs" / "after.parquet"
+    task = questions(17)
+    path = tmp_path / "runs" / "after.parquet"
     whole = quiet(Scripted(skill(0.5)), task, n=4).samples.drop(columns="seconds")
     sampler = Scripted(skill(0.5), fails_at)
     with pytest.raises(ConnectionError):
@@ -325,7 +330,8 @@ def test_it_goes_on_with_another_batch_size(tmp_path):
 @pytest.mark.parametrize("change", [dict(n=2), dict(temperature=1.0), dict(seed=1), dict(max_new_tokens=9)])
 @pytest.mark.parametrize("fails_at", [None, 2])
 def test_other_settings_are_refused(tmp_path, change, fails_at):
-    sampler, asked = Scripted(skill(0.5), fails_at), dict(n=4, path=tmp_path / "a.parquet")
+    sampler = Scripted(skill(0.5), fails_at)
+    asked = dict(n=4, path=tmp_path / "a.parquet")
     try:
         quiet(sampler, questions(5), **asked)
     except ConnectionError:
@@ -441,7 +447,8 @@ def test_the_embedded_student_through_its_own_sampler(same, tmp_path):
 
 def test_compare_is_scipys_permutation_test_on_the_differences():
     task = questions(40)
-    a, b = quiet(Scripted(skill(0.6)), task, n=4), quiet(Scripted(skill(0.4)), task, n=4, seed=1)
+    a = quiet(Scripted(skill(0.6)), task, n=4)
+    b = quiet(Scripted(skill(0.4)), task, n=4, seed=1)
     row = compare(a, b).set_index("metric").loc["avg@4"]
     difference = (a.by_problem["avg@4"] - b.by_problem["avg@4"]).to_numpy()
     exact = stats.permutation_test(
@@ -486,10 +493,8 @@ def test_a_run_is_not_different_from_itself():
 
 def test_token_diversity_is_compared_at_the_smaller_size():
     task = questions(12)
-    short, long = (
-        quiet(Scripted(skill(0.5)), task, n=2),
-        quiet(Scripted(lambda text, i, rng: "ab" * 20 + skill(0.5)(text, i, rng)), task, n=2),
-    )
+    short = quiet(Scripted(skill(0.5)), task, n=2)
+    long = quiet(Scripted(lambda text, i, rng: "ab" * 20 + skill(0.5)(text, i, rng)), task, n=2)
     row = compare(long, short, ["distinct_4"]).loc[0]
     assert row["b"] == pytest.approx(short["distinct_4"]) and row["a"] != pytest.approx(long["distinct_4"])
 

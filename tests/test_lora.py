@@ -1,4 +1,4 @@
-"""Adapters: the same loss as merged weights, only adapters move, the base as teacher in one set of weights, and quantised students that learn, save and load."""
+"""Adapters: the loss of merged weights, the base as teacher, quantised students that learn, save and load."""
 
 import copy
 import json
@@ -74,7 +74,8 @@ def test_adapters_of_zero_have_no_loss_against_the_base(term, rollouts):
 
 def test_the_base_as_teacher_is_the_base_loaded_apart(rollouts):
     pair = embedded("same")
-    student, base = adapted(pair.student), embedded("same").student
+    student = adapted(pair.student)
+    base = embedded("same").student
     for term in TERMS:
         shared = loss_of(term, student, Teacher.of_base(student, pair.tokenizer), rollouts, pair.tokenizer)[0]
         assert shared == loss_of(term, student, Teacher(base, pair.tokenizer), rollouts, pair.tokenizer)[0]
@@ -217,7 +218,7 @@ def test_adapters_drawn_by_the_trainer_depend_on_its_seed_alone(tmp_path):
 
 @pytest.fixture
 def quantisable(tmp_path):
-    """A folder with a tiny Qwen3 whose widths bitsandbytes accepts on a CPU, and the embedded tokenizer's vocabulary."""
+    """A folder with a tiny Qwen3 whose widths bitsandbytes accepts on a CPU."""
     vocabulary = len(embedded("same").tokenizer)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
@@ -237,8 +238,9 @@ def quantisable(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_quantised_student_learns_saves_and_loads(quantize, quantisable, rollouts, tmp_path):
-    """Thirty steps on stored rollouts towards another model of the same make: the loss halves, and the saved adapters on a fresh base give the same logits."""
-    tokenizer, set_ = embedded("same").tokenizer, embedded("same").task.train.select(range(16))
+    """Thirty steps on stored rollouts halve the loss; saved adapters on a new base give the same logits."""
+    tokenizer = embedded("same").tokenizer
+    set_ = embedded("same").task.train.select(range(16))
     teacher = load_model(quantisable, dtype=torch.float32)
     with torch.no_grad():
         for p in teacher.parameters():

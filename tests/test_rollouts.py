@@ -163,7 +163,8 @@ def test_replay_returns_stored_responses_in_turn(same):
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_quantised_models_load_and_read(quantize):
     """The wide teacher: bitsandbytes' 4-bit kernel on a CPU wants widths that are multiples of 64."""
-    model, plain = load_model("embedded/teacher_wide", quantize=quantize), load_model("embedded/teacher_wide")
+    model = load_model("embedded/teacher_wide", quantize=quantize)
+    plain = load_model("embedded/teacher_wide")
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         close = torch.nn.functional.cosine_similarity(model(ids).logits.float(), plain(ids).logits, dim=-1)

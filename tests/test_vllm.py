@@ -48,7 +48,8 @@ def test_filled_heads_compute_the_same(config, lora):
     wide.load_state_dict(fill_heads(plain_weights(narrow), narrow.config, 32))
     if lora:
         settings = narrow.config
-        narrow, wide = get_peft_model(narrow, ALL_LINEAR), get_peft_model(wide, ALL_LINEAR)
+        narrow = get_peft_model(narrow, ALL_LINEAR)
+        wide = get_peft_model(wide, ALL_LINEAR)
         adapters = {name: tensor for name, tensor in narrow.state_dict().items() if "lora_" in name}
         wide.load_state_dict(fill_heads(adapters, settings, 32), strict=False)
     ids = torch.randint(40, (2, 12))
@@ -124,7 +125,8 @@ def test_five_steps_later_a_sync_brings_the_engine_after(same, tied, lora):
 @needs_vllm
 def test_a_tied_head_that_is_not_handed_over_by_name_stays_stale(monkeypatch):
     """The trap that `plain_weights` avoids by naming tied weights twice."""
-    student, prompts = tiny_qwen3(vocab_size=4096, width=128, tie=True), [[1, 2, 3, 4]] * 4
+    student = tiny_qwen3(vocab_size=4096, width=128, tie=True)
+    prompts = [[1, 2, 3, 4]] * 4
     sampler = VLLMSampler(student, load_tokenizer("embedded/student"))
     steps_on(student, prompts)
     with monkeypatch.context() as patch:
@@ -183,13 +185,15 @@ def trainer_on(same, sampler, folder, steps=3):
 @pytest.mark.parametrize("told", [True, False], ids=["with", "without a generation configuration"])
 def test_a_folder_the_engine_reads_itself(tmp_path, told):
     """Heads of 32 need no filling up: the folder goes to the engine as it is."""
-    student, tokenizer = tiny_qwen3(width=128), load_tokenizer("embedded/student")
+    student = tiny_qwen3(width=128)
+    tokenizer = load_tokenizer("embedded/student")
     student.config.eos_token_id = student.generation_config.eos_token_id = 7
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     if not told:
         (tmp_path / "generation_config.json").unlink()
-    sampler, prompts = VLLMSampler(tmp_path), [[1, 2, 3], [4, 5, 6, 7, 8]]
+    sampler = VLLMSampler(tmp_path)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     assert sampler.eos_token_ids == sorted({7, tokenizer.eos_token_id})
     assert (
         sampler.sample(prompts, temperature=0, max_new_tokens=12).responses()
@@ -217,7 +221,8 @@ def test_training_with_an_engine_logs_the_gap_and_stops_where_sync_is_skipped(sa
 def test_an_exported_student_answers_alike_in_both_engines(same, tmp_path):
     student = get_peft_model(same.student, ALL_LINEAR)
     folder = export_model(student, tmp_path / "merged", tokenizer=same.tokenizer)
-    sampler, merged = VLLMSampler(folder), load_model(folder)
+    sampler = VLLMSampler(folder)
+    merged = load_model(folder)
     prompts = same.task.test["prompt"][:32]
     transformers = HFSampler(merged, load_tokenizer(folder))
     expected = transformers.sample(prompts, temperature=0, max_new_tokens=40)
