@@ -27,12 +27,25 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
-    from .core import Layers as Layers, Positions as Positions, Rollouts as Rollouts, set_seed as set_seed
-    from .models import load_model as load_model, load_tokenizer as load_tokenizer, embedded as embedded
-    from .tasks import load_task as load_task, grade as grade
-    from .rollouts import HFSampler as HFSampler, VLLMSampler as VLLMSampler
-    from .teachers import Teacher as Teacher
-    from .bridge import Bridge as Bridge, ReadoutBridge as ReadoutBridge
-    from .objectives import Representation as Representation, SampledTokenKL as SampledTokenKL, TopKKL as TopKKL, FullKL as FullKL
+    from .bridge import Bridge as Bridge
+    from .bridge import ReadoutBridge as ReadoutBridge
+    from .core import Layers as Layers
+    from .core import Positions as Positions
+    from .core import Rollouts as Rollouts
+    from .core import set_seed as set_seed
     from .evaluation import evaluate as evaluate
-    from .training import OPRDConfig as OPRDConfig, OPRDTrainer as OPRDTrainer, distil as distil
+    from .models import embedded as embedded
+    from .models import load_model as load_model
+    from .models import load_tokenizer as load_tokenizer
+    from .objectives import FullKL as FullKL
+    from .objectives import Representation as Representation
+    from .objectives import SampledTokenKL as SampledTokenKL
+    from .objectives import TopKKL as TopKKL
+    from .rollouts import HFSampler as HFSampler
+    from .rollouts import VLLMSampler as VLLMSampler
+    from .tasks import grade as grade
+    from .tasks import load_task as load_task
+    from .teachers import Teacher as Teacher
+    from .training import OPRDConfig as OPRDConfig
+    from .training import OPRDTrainer as OPRDTrainer
+    from .training import distil as distil

@@ -75,7 +75,7 @@ class CapturedLayers(Mapping[LayerKey, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-
+# %% ../nbs/04_capture.ipynb #69256c9d
 class Captured(CapturedLayers):
     """Packed hidden states of a frozen pass: `captured[layer]` is (n, d).
 
@@ -385,7 +385,7 @@ def _gather(head: nn.Module) -> None:
     if isinstance(head, FSDPModule):
         head.unshard()
 
-
+# %% ../nbs/04_capture.ipynb #ab2f0d95
 def lm_head_of(model: nn.Module) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n vocabulary"]]:
     """The model's LM head as a function of final hidden states; logits are at least float32.
 

@@ -117,7 +117,7 @@ def measure(args: BenchArguments) -> dict[str, pd.DataFrame]:
         return {"rounds": bench_sampler(args.model, rounds=args.rounds)}
     return {"rounds": bench_ragged(replace(shape, dtype="float32"), rounds=args.rounds)}
 
-
+# %% ../../nbs/60_cli/09_bench.ipynb #63a180b2
 def run_bench(args: BenchArguments) -> dict[str, pd.DataFrame]:
     """Run one bench and write `args.path`; returns its tables."""
     tables = measure(args)

@@ -45,7 +45,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
         return 2
     return 0
 
-
+# %% ../../nbs/60_cli/10_dispatch.ipynb #9e0f7395
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `oprd`; returns the exit code: 0, or 2 for an input that cannot be used."""
     argv = sys.argv[1:] if argv is None else argv

@@ -22,7 +22,7 @@ class ExportArguments:
     out: str = HfArg(default="", help="The model folder; by default RUN/export.")
     merge: bool = HfArg(default=True, help="Merge adapters into the weights.")
 
-
+# %% ../../nbs/60_cli/08_export.ipynb #363755ec
 ARGUMENTS = (ExportArguments,)
 
 

@@ -21,7 +21,7 @@ class ReportArguments:
     runs: list[str] = HfArg(help="Run folders.")
     out: str = HfArg(default="runs/report.html", help="The page.")
 
-
+# %% ../../nbs/60_cli/07_report.ipynb #f2ec1470
 ARGUMENTS = (ReportArguments,)
 
 

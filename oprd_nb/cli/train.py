@@ -102,7 +102,7 @@ class DataArguments:
     )
     samples: int = HfArg(default=4, help="Responses per problem of the test set.")
 
-
+# %% ../../nbs/60_cli/04_train.ipynb #4842e022
 @dataclass
 class TrainArguments(DataArguments, ModelArguments, MethodArguments, PairArguments):
     """Distil a student on its own rollouts. Every setting of OPRDConfig is accepted as well."""
@@ -224,7 +224,7 @@ def accuracy_of(result: Evaluation) -> float:
     """The avg@k of an evaluation."""
     return next(row.value for row in result.summary.itertuples() if row.metric.startswith("avg@"))
 
-
+# %% ../../nbs/60_cli/04_train.ipynb #6ba26ca4
 def stage(
     method: str,
     args: TrainArguments,

@@ -97,7 +97,7 @@ class MapGrid(NamedTuple):
     """One per position, shown by hovering."""
     subtitle: str
 
-
+# %% ../../nbs/31_explore/01_figures.ipynb #2ae7d702
 def mean_grid(tokens: pd.DataFrame) -> MapGrid:
     """The mean over all responses, at most 40 positions or bins of them."""
     table = cosine_by_layer(tokens).heat_map

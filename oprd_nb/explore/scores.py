@@ -219,7 +219,7 @@ def representation_of(objective: Objective) -> Representation | None:
             return term
     return None
 
-
+# %% ../../nbs/31_explore/03_scores.ipynb #68c9b12d
 def save_token_scores(when: str, result: Evaluation, problems: Dataset, trainer: OPRDTrainer) -> None:
     """Score responses of an evaluation into the trainer's run folder: an `after_evaluation` of `distil`."""
     table = score_samples(

@@ -111,7 +111,7 @@ def chip_html(colour: str, text: str) -> str:
     style = f"display:inline-block;width:14px;height:12px;background:{colour};border:1px solid #999"
     return f'<span style="{style};margin:0 4px 0 12px"></span>{text}'
 
-
+# %% ../../nbs/31_explore/04_tokens.ipynb #b954ae62
 def legend_html(score: str, top: float) -> str:
     """The scale in words and colours."""
     if score == "offset":

@@ -124,7 +124,7 @@ def file_state(path: Path) -> tuple[int, int] | None:
         return None
     return status.st_mtime_ns, status.st_size
 
-
+# %% ../../nbs/31_explore/06_watching.ipynb #10bdcd56
 def stored_accuracy(path: Path) -> float:
     """The share of right answers in a table of samples, mean over problems; NaN while it cannot be read."""
     try:
@@ -219,7 +219,7 @@ class Series(NamedTuple):
     points: dict
     line: dict
 
-
+# %% ../../nbs/31_explore/06_watching.ipynb #0edbfae1
 def run_series(run: WatchedRun, key: str, axis: str, divisor: float) -> Series:
     """A metric against `axis`, "step" or "seconds", whose values are divided by `divisor`."""
     name = logged_name(run.table, key)

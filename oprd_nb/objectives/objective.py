@@ -135,7 +135,7 @@ def _add(union: dict[LayerKey, Tensor], key: LayerKey, mask: Bool[Tensor, "batch
     """Add the positions of `mask` to those at which a layer is read."""
     union[key] = union[key] | mask if key in union else mask
 
-
+# %% ../../nbs/20_objectives/05_objective.ipynb #2a40450e
 def plan_capture(
     objective: Objective, pairs: Pairs, num_student_layers: int, num_teacher_layers: int
 ) -> CapturePlan:
@@ -206,7 +206,7 @@ def call(ask: Callable[[], Result]) -> Result:
     """`ask()`: how a model without a wrapper is run."""
     return ask()
 
-
+# %% ../../nbs/20_objectives/05_objective.ipynb #72098dac
 def position_losses(
     objective: Objective,
     student: nn.Module,

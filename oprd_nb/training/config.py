@@ -290,7 +290,7 @@ def settings_of(args: OPRDConfig) -> dict[str, Any]:
             settings[entry.name] = value
     return settings
 
-
+# %% ../../nbs/23_training/05_config.ipynb #c112fa9c
 def _as_plain(value: Any) -> Any:
     """The text of an enumeration's entry; anything else as it is."""
     return value.value if isinstance(value, Enum) else value

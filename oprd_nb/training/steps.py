@@ -8,7 +8,7 @@ __all__ = ['TrainerBase', 'EpochSampler', 'rollouts_of', 'RolloutMixin', 'LossMi
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -299,15 +299,16 @@ class LossMixin(TrainerBase):
 class StepMixin(TrainerBase):
     """The forward and backward passes of one micro-batch, measured, and the lines of the log."""
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
+    @cached_property
+    def _signal(self) -> GradientSignal | None:
+        """Signal and noise of the gradient, where the gradients of single micro-batches can be seen."""
         # Several processes see each other's gradients in the sum only, one micro-batch has no noise.
         separable = (
             self.args.gradient_accumulation_steps > 1
             and self.accelerator.num_processes == 1
             and not self.is_deepspeed_enabled
         )
-        self._signal = GradientSignal(self.model.parameters()) if separable else None
+        return GradientSignal(self.model.parameters()) if separable else None
 
     def _prepare_inputs(self, generation_batch: Any) -> MicroBatch:
         """The next micro-batch; the first call of a step generates all of them.
