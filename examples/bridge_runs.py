@@ -1,16 +1,19 @@
-"""Both bridges beside output-space distillation, on an embedded pair: learning rates by sweep, numbers with seeds.
+"""Both bridges and output-space distillation, on an embedded pair: rates by sweep, numbers with seeds.
 
     python examples/bridge_runs.py --pair cross_architecture --out nbs/results/cross_architecture
     python examples/bridge_runs.py --pair cross_tokenizer --steps 400 --out nbs/results/cross_tokenizer
 
-The rules are those of `sweep.py`: every method on the same grid of learning rates, the grid grows where its best lies on the edge, the choice is made on the validation
-split with seed 0, and the numbers to quote come from the test split with other seeds. The paper's bridge is swept at rank 8 only and in a third of the steps, and its rate serves every rank. A bridge
-is fitted anew in every run, from that run's seed. `a>b` trains with a for half of the steps and goes on from there with b, each at its own best learning rate; a bridge in
-second place is fitted to the student as it then is.
+The rules are those of `sweep.py`: every method on the same grid of learning rates, the grid grows where
+its best is on the edge, the choice is made on the validation split with seed 0, and the numbers to
+quote come from the test split with other seeds. The paper's bridge is swept at rank 8 only and in a
+third of the steps, and its rate serves every rank. A bridge is fitted anew in every run, from that
+run's seed. `a>b` trains with a for half of the steps and goes on from there with b, each at its own
+best learning rate; a bridge in second place is fitted to the student as it then is.
 
-Three tables: `<out>_sweep.csv` and `<out>_final.csv` (method, learning_rate, seed, before, accuracy, coverage, the bridge's own held-out scores), and `<out>_coverage.csv`
-(share of the student's tokens by byte offset into the teacher's next token). Rows are added as runs end; what a table already holds is not run again. A
-student that comes to write what the teacher cannot read counts as 0.
+Three tables: `<out>_sweep.csv` and `<out>_final.csv` (method, learning_rate, seed, before, accuracy,
+coverage, the bridge's own held-out scores), and `<out>_coverage.csv` (share of the student's tokens by
+byte offset into the teacher's next token). Rows are added as runs end; what a table already holds is
+not run again. A student that comes to write what the teacher cannot read counts as 0.
 """
 
 import argparse
@@ -39,7 +42,12 @@ METHODS = {
     ],
     "cross_tokenizer": ["readout", "readout-boundaries", "bridge-4-ids"],
 }
-"""`-directions` compares unit vectors in place of states with their length; `-boundaries` supervises shared byte boundaries only; `-ids` is the reference's way across tokenizers: the teacher is fed the student's ids."""
+"""What the endings of a method's name mean.
+
+`-directions` compares unit vectors in place of states with their length.
+`-boundaries` supervises shared byte boundaries only.
+`-ids` is the reference's way across tokenizers: the teacher is fed the student's ids.
+"""
 KEY = ["method", "learning_rate", "later_rate", "seed", "steps", "split"]
 
 
@@ -181,7 +189,7 @@ def run_missing(pool, path: Path, jobs: list[tuple]) -> pd.DataFrame:
 
 
 def sweep(pool, path: Path, pair: str, methods: list[str], steps: int) -> pd.DataFrame:
-    """Validation accuracy of every method on the grid, grown where its best lies on the edge."""
+    """Validation accuracy of every method on the grid, grown where its best is on the edge."""
     rates = {method: list(GRID) for method in methods}
     while True:
         table = run_missing(

@@ -2,8 +2,9 @@
 
     python examples/capture_cost.py --out nbs/results/capture_cost.json
 
-Times: interleaved rounds in one process, medians, as ratios to the bare backbone's forward pass. Memory: each way in processes of its own,
-medians; the extra peak of resident memory over the bare backbone's, as a ratio to that of `output_hidden_states=True`.
+Times: interleaved rounds in one process, medians, as ratios to the bare backbone's forward pass.
+Memory: each way in processes of its own, medians; the extra peak of resident memory over the bare
+backbone's, as a ratio to that of `output_hidden_states=True`.
 """
 
 import argparse
@@ -65,7 +66,10 @@ _LOADED = {}
 
 @torch.no_grad()
 def peak(name: str, time: int) -> int:
-    """Bytes by which one pass raises the resident peak, its result held; after a short pass that loads the kernels."""
+    """Bytes by which one pass, its result held, raises the resident peak.
+
+    A short pass that loads the kernels comes first.
+    """
     short, long = ways_of(64), ways_of(time)
     short[name]()
     with measured() as cost:

@@ -2,9 +2,12 @@
 
     python examples/figure_runs.py --out nbs/results/figures
 
-Four methods on the embedded pair of one architecture, bridges to the wider teacher and to the one with another tokenizer (for as many steps as in their tutorials), and a sweep of
-mu: mu * OPRD added to the sampled-token loss (Eq. 7), three seeds each. Methods train at the learning rates that `examples/sweep.py` and `examples/bridge_runs.py` found best for them
-(top-k at full KL's); the sweep's runs share one, as the paper's do. Every step is accumulated from 8 micro-batches, so that the signal in its gradient is measured too.
+Four methods on the embedded pair of one architecture, bridges to the wider teacher and to the one with
+another tokenizer (for as many steps as in their tutorials), and a sweep of mu: mu * OPRD added to the
+sampled-token loss (Eq. 7), three seeds each. Methods train at the learning rates that
+`examples/sweep.py` and `examples/bridge_runs.py` found best for them (top-k at full KL's); the sweep's
+runs share one, as the paper's do. Every step is accumulated from 8 micro-batches, so that the signal in
+its gradient is measured too.
 """
 
 import argparse
@@ -22,8 +25,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS
 import pandas as pd  # noqa: E402
 
 ALL = (
-    "--prompts arithmetic --test arithmetic --positions all --max_completion_length 40 --num_generations 1 --per_device_train_batch_size 8 --gradient_accumulation_steps 8 "
-    "--weight_decay 0 --bf16 False --use_cpu True --gradient_checkpointing False --save_strategy no --disable_tqdm True"
+    "--prompts arithmetic --test arithmetic --positions all --max_completion_length 40 --num_generations 1 "
+    "--per_device_train_batch_size 8 --gradient_accumulation_steps 8 --weight_decay 0 --bf16 False "
+    "--use_cpu True --gradient_checkpointing False --save_strategy no --disable_tqdm True"
 ).split()
 PAIRS = {
     "same": "embedded/student embedded/teacher",
@@ -48,9 +52,12 @@ SWEEP = {
 
 
 def keep(run: Path, out: Path, curves: bool) -> None:
-    """Copy what figures read: settings, outcome, samples without their texts and, with `curves`, metrics to five digits."""
+    """Copy what figures read: settings, outcome, samples without their texts.
+
+    With `curves`, also metrics to five digits.
+    """
     (out / "eval").mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "summary.json"):
+    for name in ("config.yaml", "about.json", "summary.json"):
         (out / name).write_bytes((run / name).read_bytes())
     if curves:
         lines = [

@@ -1,11 +1,14 @@
-"""A real model as its own teacher: SmolLM2-135M-Instruct with LoRA, from the same weights with the solution before their eyes.
+"""A real model as its own teacher: SmolLM2-135M-Instruct with LoRA; the teacher is told the solution.
 
     make smollm2
     python examples/self_distillation.py --out runs/self-distillation
 
-Sums of two numbers from 2 to 20, asked with four worked examples, of which the model gets about one in four right. The teacher is the student's own base, adapters off
-(`Teacher.of_base`: one set of weights in memory), asked the same with every sum told in advance. OPRD on all layers and response positions. Problems of the three splits are
-disjoint, whichever way round they are written. The run folder holds the accuracy on test problems before and after, with intervals, and that of the base when it is told the sum.
+Sums of two numbers from 2 to 20, asked with four worked examples, of which the model gets about one in
+four right. The teacher is the student's own base, adapters off (`Teacher.of_base`: one set of weights
+in memory), asked the same with every sum told in advance. OPRD on all layers and response positions.
+Problems of the three splits are disjoint, whichever way round they are written. The run folder holds
+the accuracy on test problems before and after, with intervals, and that of the base when it is told the
+sum.
 """
 
 import argparse
@@ -57,7 +60,10 @@ def told(messages: list[dict]) -> list[dict]:
 
 
 def sums(test: int = 60, seed: int = 0) -> Task:
-    """All pairs from 2 to 20 that are not worked examples: `test` pairs to report, the rest to train on, each in both orders."""
+    """All pairs from 2 to 20 that are not worked examples, each in both orders.
+
+    `test` pairs are for the report, the rest to train on.
+    """
     pairs = [
         p
         for p in combinations_with_replacement(range(2, 21), 2)

@@ -2,9 +2,10 @@
 
     python examples/sweep.py --pair same --steps 200 --workers 2 --out nbs/results/same
 
-Every method runs on the same grid of learning rates; where its best lies on the edge of the grid, the grid grows beyond that edge. The choice is
-made on the validation split with seed 0; the numbers to quote come from the test split with seeds 1 to 3. Two tables are written:
-`<out>_sweep.csv` (method, learning_rate, accuracy) and `<out>_final.csv` (method, learning_rate, seed, accuracy, before, seconds).
+Every method runs on the same grid of learning rates; where its best is on the edge of the grid, the
+grid grows beyond that edge. The choice is made on the validation split with seed 0; the numbers to
+quote come from the test split with seeds 1 to 3. Two tables are written: `<out>_sweep.csv` (method,
+learning_rate, accuracy) and `<out>_final.csv` (method, learning_rate, seed, accuracy, before, seconds).
 """
 
 import argparse
@@ -51,9 +52,8 @@ def one_run(pair_name: str, method: str, learning_rate: float, seed: int, steps:
         seconds=seconds,
     )
     print(
-        "{method:12} lr {learning_rate:.0e} seed {seed} {split}: {before:.1%} -> {accuracy:.1%} in {seconds:.0f} s".format(
-            **row
-        ),
+        "{method:12} lr {learning_rate:.0e} seed {seed} {split}: "
+        "{before:.1%} -> {accuracy:.1%} in {seconds:.0f} s".format(**row),
         flush=True,
     )
     return row

@@ -1,4 +1,4 @@
-"""The command line: what is asked wrongly is answered in one line with exit code 2, and leaves nothing behind."""
+"""The command line: a wrong input is answered in one line with exit code 2, and leaves nothing behind."""
 
 import json
 import os
@@ -150,7 +150,7 @@ def test_bridge_writes_a_folder_that_train_reads(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
 def test_two_stages_in_one_command(tmp_path, capsys):
-    """The paper's recipe: a bridge fitted on the way, then the sampled token from that student, head and all."""
+    """The paper's recipe: a bridge fitted on the way, then the sampled token, which trains the head too."""
     assert (
         train(
             tmp_path,

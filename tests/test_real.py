@@ -1,4 +1,7 @@
-"""A real language model on real problems: SmolLM2-135M-Instruct (`make smollm2`) and DAPO-Math-17K (`OPRD_DATA`); skipped where either is missing."""
+"""A real language model on real problems; skipped where either is missing.
+
+SmolLM2-135M-Instruct (`make smollm2`) and DAPO-Math-17K (`OPRD_DATA`).
+"""
 
 import importlib.util
 import json
@@ -24,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A noisy teacher (the student with noise in layers 10 and 20) and one stored rollout to each of ten prompts."""
+    """A noisy teacher (the student with noise in layers 10 and 20) and one rollout per prompt, for ten."""
     folder = tmp_path_factory.mktemp("real")
     model, tokenizer = load_model("smollm2", dtype=torch.float32), load_tokenizer("smollm2")
     HFSampler(model, tokenizer).sample(

@@ -1,4 +1,4 @@
-"""Splits that never leak, files that are refused in one line, and a judge that is right, bounded and hard to upset."""
+"""Splits that never leak, files that are refused in one line, and grades that are right and bounded."""
 
 import os
 import threading
