@@ -124,10 +124,12 @@ class Positions:
             return length
         if self.spec == "last":
             return torch.ones_like(length)
-        _, count, percent = _COUNTED.fullmatch(self.spec).groups()
-        if not percent:
-            return torch.full_like(length, int(count))
-        return (length * int(count) + 99) // 100  # rounds up, in integers: 30 % of 10 tokens are 3
+        amount = self.spec.partition(":")[2]
+        if not amount.endswith("%"):
+            return torch.full_like(length, int(amount))
+        return (
+            length * int(amount.removesuffix("%")) + 99
+        ) // 100  # rounds up, in integers: 30 % of 10 tokens are 3
 
 # %% ../nbs/01_core.ipynb #52fd5d94
 @dataclass
@@ -332,6 +334,6 @@ class Rollouts(RolloutParts, RolloutFiles):
             ids[i, start:end] = torch.tensor([*prompt, *response])
             attention_mask[i, start:end] = True
             response_mask[i, middle:end] = True
-            if values is not None:
+            if values is not None and log_probs is not None:
                 values[i, middle:end] = torch.tensor(log_probs[i])
         return cls(ids, attention_mask, response_mask, prompts, values)

@@ -73,7 +73,7 @@ def parse_json_line(line: str | bytes) -> dict | None:
         return None
     return entry if isinstance(entry, dict) else None
 
-
+# %% ../nbs/00_utils.ipynb #d66bc232
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects on all whole lines of a file that `append_jsonl` wrote; [] where there is no such file.
 
@@ -148,7 +148,7 @@ class Ratio(NamedTuple):
     low: Float[np.ndarray, "columns"]
     high: Float[np.ndarray, "columns"]
 
-
+# %% ../nbs/00_utils.ipynb #de8832d6
 def cluster_bootstrap_ratio(
     total: Float[np.ndarray, "tokens columns"],
     count: Float[np.ndarray, "tokens columns"],
@@ -204,7 +204,7 @@ class Cost:
     seconds: float = 0.0
     delta_peak: int = 0
 
-
+# %% ../nbs/00_utils.ipynb #694fc146
 def _resident_bytes(peak: bool) -> int:
     """This process's resident memory, now or at its peak, in bytes."""
     try:
@@ -229,7 +229,7 @@ def _measured_on_cuda(device: "torch.device | str") -> Iterator[Cost]:
     cost.seconds = time.perf_counter() - start
     cost.delta_peak = max(0, torch.cuda.max_memory_allocated(device) - before)
 
-
+# %% ../nbs/00_utils.ipynb #0764a7a2
 @contextmanager
 def measured(device: "torch.device | str" = "cpu") -> Iterator[Cost]:
     """Measure a block: `with measured(device) as cost: ...` fills `cost` at its end."""
