@@ -1,6 +1,8 @@
-"""Runs a small training in forked processes that kill themselves with SIGKILL, resumes it, and prints what came out as JSON.
+"""Runs a small training in forked processes that kill themselves, resumes it, and prints the outcome as JSON.
 
-usage: killed_runs.py FOLDER KILL ...   where KILL is PLACE:STEP, e.g. rollout:3, backward:1, optimizer:4; full:4 is a disk that fills up
+usage: killed_runs.py FOLDER KILL ...
+
+KILL is PLACE:STEP, such as rollout:3, backward:1, optimizer:4; full:4 is a disk that fills up
 """
 
 import json
@@ -40,7 +42,7 @@ def die():
 
 
 def arm_model(trainer, place: str, step: int) -> None:
-    """Die in the middle of generation, or of the backward pass of the second micro-batch, of optimizer step `step` (from 1)."""
+    """Die in generation, or in the backward pass of the second micro-batch, of optimizer step `step`."""
     calls = {"n": 0}
 
     def count(*_):
@@ -58,10 +60,10 @@ def arm_model(trainer, place: str, step: int) -> None:
 
 
 def arm_file(trainer, place: str, step: int) -> None:
-    """Die in the middle of writing one file of checkpoint-`step`, or between its last file and its manifest."""
+    """Die while one file of checkpoint-`step` is written, or between its last file and its manifest."""
 
     def torn(write, name=""):
-        """`write`, whose second argument is a path; a file called `name` of this step is cut in half before death."""
+        """`write(_, path)`; a file called `name` of this step is cut in half before death."""
 
         def call(content, path, *args, **options):
             write(content, path, *args, **options)
@@ -97,9 +99,11 @@ def arm_file(trainer, place: str, step: int) -> None:
 
 
 def run(folder: Path, kill: str | None = None, resume: bool = False, lora: bool = False) -> None:
-    """Six steps over two epochs of twelve prompts, two responses each, two micro-batches a step; a checkpoint every second step.
+    """Six steps over two epochs of twelve prompts, two responses each; a checkpoint every second step.
 
-    With `lora` the objective stops at layer 2, so that the adapters above it are frozen, and must be again after loading.
+    Each step has two micro-batches.
+
+    With `lora` the objective stops at layer 2: the adapters above it are frozen, and must be after loading.
     """
     torch.set_num_threads(1)
     pair = embedded("same")
@@ -165,7 +169,10 @@ def lasting(folder: Path) -> list[dict]:
 
 
 def main(out: Path, kills: list[str]) -> dict:
-    """For every kill: how the run ended, what its checkpoints were worth, where the resumed run began, and whether it ended as if nothing had happened."""
+    """For every kill: how the run ended, the state of its checkpoints, and what the resumed run did.
+
+    The resumed run is compared with one that was never interrupted.
+    """
     results = {}
     for lora in sorted({kill.startswith("lora-") for kill in kills}):
         whole = out / f"whole-{lora}"

@@ -1,4 +1,4 @@
-"""Two processes take the very steps that one takes: DDP and FSDP2 on gloo, with and without adapters, resumed and sampling for themselves."""
+"""Two processes take the steps that one takes: DDP and FSDP2 on gloo, with adapters, resumed, sampling."""
 
 import json
 import math

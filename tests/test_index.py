@@ -1,4 +1,4 @@
-"""The index names every notebook, its paths name what exists, and the links of all notebooks lead somewhere."""
+"""The index names every notebook, its paths name what exists, and links between notebooks work."""
 
 import json
 import re

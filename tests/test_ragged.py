@@ -69,7 +69,7 @@ def test_a_part_says_what_the_whole_said(side):
 @pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
 @pytest.mark.parametrize("budget", [50, 120, 10_000])
 def test_pairs_of_another_tokenizer_move_along(budget):
-    """Row by row, what the teacher has read beside the student's token is the same token as before the cut."""
+    """At each position, the teacher's token that is paired with the student's is the one before the cut."""
     pair = embedded("cross_tokenizer")
     rollouts = HFSampler(pair.student, pair.tokenizer).sample(
         pair.task.train["prompt"][:12], max_new_tokens=40, seed=3
@@ -124,7 +124,7 @@ def test_the_gradient_does_not_change(side, reduction):
 
 
 def test_trimming_keeps_holes():
-    """TRL's layout: prompts padded on the left, responses on the right; a column between is kept while anyone uses it."""
+    """TRL pads prompts on the left and responses on the right; a column between is kept while it is used."""
     ids = torch.arange(12).reshape(2, 6)
     attention = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]]).bool()
     response = torch.tensor([[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0]]).bool()

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run that is resumed ends as if nothing had happened; and what was half-written is never read."""
+"""Killed at any moment, a resumed run ends as if nothing had happened; unfinished files are never read."""
 
 import errno
 import json
@@ -267,7 +267,8 @@ def test_a_disk_that_is_full_leaves_the_last_good_checkpoint(same, tmp_path, mon
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
         OSError,
-        match="checkpoint-3 could not be written .*No space left.*the last good checkpoint is checkpoint-2: make room and resume",
+        match="checkpoint-3 could not be written .*No space left.*"
+        "the last good checkpoint is checkpoint-2: free some space and resume",
     ):
         trainer_for(same, tmp_path, save_total_limit=1).train()
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"] and checkpoint_problem(
@@ -309,7 +310,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(same, tmp_path,
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_the_best_checkpoint_by_held_out_accuracy_is_the_result(adapters, same, tmp_path):
-    """A learning rate that destroys the student after the first step, whose rate is zero: the best is the first."""
+    """The rate destroys the student after the first step, whose rate is zero: the best is the first."""
     config = LoraConfig(r=4, target_modules="all-linear") if adapters else None
     trainer = trainer_for(
         same,

@@ -1,4 +1,4 @@
-"""The trainer: the identity through the whole path, accumulation, what is frozen, what is written, and what goes wrong clearly."""
+"""The trainer: the identity on the whole path, accumulation, what is frozen, what is written, errors."""
 
 import json
 import warnings
@@ -93,7 +93,7 @@ def test_student_that_is_its_teacher_has_nothing_to_learn(term, same, tmp_path):
     exact = isinstance(term, Representation) and "mse" in term.distance
     assert loss == 0 if exact else abs(loss) <= 1e-6
     largest = max(g.abs().max().item() for g in seen.kept.values())
-    # without renormalisation the gradient at p = q is that of the top-k mass: no divergence, see test_objectives.py
+    # Without renormalisation the gradient at p = q is that of the top-k mass; see test_objectives.py.
     assert largest <= 1e-6 or (isinstance(term, TopKKL) and not term.renormalize)
 
 
@@ -118,7 +118,7 @@ def stored():
     ids=lambda x: x if isinstance(x, str) else repr(x),
 )
 def test_accumulation_changes_nothing(name, term, stored, tmp_path):
-    """1 x 64 and 4 x 16 give the same gradients, though the micro-batches supervise different numbers of rows."""
+    """1 x 64 and 4 x 16 give the same gradients, though micro-batches supervise different numbers of positions."""
     gradients = []
     for size, steps in ((64, 1), (16, 4)):
         pair = embedded(name)

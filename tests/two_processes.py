@@ -1,7 +1,11 @@
-"""Trains the same five steps in one process, under DDP on two and under FSDP2 on two (gloo), and prints how far apart they are as JSON.
+"""Trains the same five steps in one process and on two (DDP, FSDP2, gloo), and prints the differences as JSON.
 
-usage: two_processes.py FOLDER KIND ...   where KIND is ddp or fsdp2, with -lora, -headless, -base or several behind it (compared with one process), resume-ddp and the like
-(a run against its own continuation), or sample-ddp-hf, sample-fsdp2-lora-trl and the like (a run that writes its own responses).
+usage: two_processes.py FOLDER KIND ...
+
+KIND is one of
+* ddp or fsdp2, followed by any of -lora, -headless, -base: compared with one process;
+* resume-ddp and the like: a run against its own continuation;
+* sample-ddp-hf, sample-fsdp2-lora-trl and the like: a run that writes its own responses.
 """
 
 import hashlib
@@ -56,7 +60,7 @@ class Seen(TrainerCallback):
 
 
 def become_fsdp(accelerate_init):
-    """Accelerate offers FSDP where there are accelerators; two CPU processes get its FSDP2 by declaring themselves such."""
+    """Accelerate offers FSDP on accelerators only; two CPU processes get FSDP2 by declaring themselves such."""
 
     def init(self, *args, **options):
         accelerate_init(self, *args, **options)
@@ -115,9 +119,12 @@ def run(
     resume: bool | None = None,
     engine: str = "replay",
 ) -> None:
-    """Five steps of 16 stored responses, two micro-batches a step and process; ranks above 0 are given a folder of their own, which must stay unwritten.
+    """Five steps of 16 stored responses, two micro-batches per step and process.
 
-    Without `head` the objective reads no logits, so that the head is frozen and never called. With `base` the teacher is the student without its adapters.
+    Ranks above 0 are given a folder of their own, which must stay unwritten.
+
+    Without `head` the objective reads no logits, so that the head is frozen and never called.
+    With `base` the teacher is the student without its adapters.
     """
     torch.set_num_threads(1)
     pair = embedded("cross_architecture")
@@ -229,7 +236,10 @@ def apart(a: dict, b: dict) -> float:
 
 
 def main(out: Path, kinds: list[str]) -> dict:
-    """For every kind: exit statuses, distances of losses and gradients from one process's, what ranks above 0 wrote, and whether the bridges agree."""
+    """For every kind: exit statuses, distances of losses and gradients from those of one process.
+
+    Also what ranks above 0 wrote, and whether the bridges agree.
+    """
     results = {}
     for variant in sorted({kind.partition("-")[2] for kind in kinds}):
         one, options = (
@@ -265,7 +275,7 @@ def main(out: Path, kinds: list[str]) -> dict:
 
 
 def resumed(out: Path, kind: str) -> dict:
-    """A run that is saved at step 3, its last checkpoint damaged and resumed, against what it was the first time."""
+    """A run saved at step 3, its last checkpoint damaged, resumed: compared with its first time."""
     folder, kind, lora = out / f"{kind}-resumed", kind.partition("-")[0], "lora" in kind
     status = launch(folder, kind, 2, lora=lora, resume=False)
     first, lines = torch.load(folder / "seen.pt")["final"], losses(folder)
@@ -289,7 +299,7 @@ def resumed(out: Path, kind: str) -> dict:
 
 
 def sampled(out: Path, kind: str) -> dict:
-    """A run in which each process writes its own responses, of different lengths, with the engine named last."""
+    """A run in which each process writes its own responses with the engine that is named last."""
     folder, (backend, *_, engine) = out / kind, kind.split("-")
     status = launch(folder, backend, 2, lora="lora" in kind, engine=engine)
     return {

@@ -1,4 +1,4 @@
-"""Export every notebook into a copy and compare: exits 1, naming the files, where package and notebooks disagree."""
+"""Export every notebook into a copy and compare: exits 1, naming the files that disagree."""
 
 import filecmp
 import shutil

@@ -71,18 +71,12 @@ class OPRDConfig(DistillationConfig):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warm-up: steps, or below 1 a share of all steps."}
-    )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning-rate schedule after warm-up."}
-    )
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up: steps, or a share below 1."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Responses per micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
     max_completion_length: int = field(default=16384, metadata={"help": "Most tokens per response."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Student without dropout, like its teacher."}
-    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Student without dropout."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics.jsonl."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
     num_generations: int = field(default=2, metadata={"help": "Responses to each prompt in a step."})
