@@ -30,8 +30,8 @@ from oprd_nb.objectives.terms import as_objective
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher, without_adapters
+from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.experiment import distil
-from oprd_nb.training.trainer import OPRDConfig
 
 EXAMPLES = ((3, 9), (14, 5), (8, 8), (11, 17))
 

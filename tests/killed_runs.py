@@ -29,7 +29,8 @@ from oprd_nb.objectives.representation import Representation
 from oprd_nb.objectives.terms import as_objective
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.checkpoints import checkpoint_problem, checkpoints_of
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.config import OPRDConfig
+from oprd_nb.training.trainer import OPRDTrainer
 from oprd_nb.utils import read_jsonl
 
 STEPS, SAVED_EVERY = 6, 2

@@ -41,7 +41,8 @@ from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.structure.ridge import fit_sgd
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.config import OPRDConfig
+from oprd_nb.training.trainer import OPRDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
 

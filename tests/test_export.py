@@ -15,8 +15,9 @@ from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.checkpoints import checkpoints_of, write_manifest
+from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.export import checkpoint_of, export_model, merged, model_folder
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.trainer import OPRDTrainer
 
 
 def adapted(model, seed=0):

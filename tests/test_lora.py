@@ -18,7 +18,8 @@ from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.teachers import Teacher, without_adapters
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.config import OPRDConfig
+from oprd_nb.training.trainer import OPRDTrainer
 
 TERMS = [
     Representation(positions="all"),

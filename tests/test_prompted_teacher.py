@@ -11,8 +11,9 @@ from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
+from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.diagnostics import output_diagnostics
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.trainer import OPRDTrainer
 
 
 def longer(messages):

@@ -118,7 +118,7 @@ def stored():
     ids=lambda x: x if isinstance(x, str) else repr(x),
 )
 def test_accumulation_changes_nothing(name, term, stored, tmp_path):
-    """1 x 64 and 4 x 16 give the same gradients, though micro-batches supervise different numbers of positions."""
+    """1 x 64 and 4 x 16 give the same gradients, though micro-batches differ in positions."""
     gradients = []
     for size, steps in ((64, 1), (16, 4)):
         pair = embedded(name)

@@ -19,8 +19,9 @@ from oprd_nb.rollouts.samplers import HFSampler, response_log_probs
 from oprd_nb.rollouts.vllm import VLLMSampler, fill_heads, plain_weights, with_heads
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher
+from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.export import export_model
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.trainer import OPRDTrainer
 
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` has it"

@@ -1,4 +1,4 @@
-"""Trains the same five steps in one process and on two (DDP, FSDP2, gloo), and prints the differences as JSON.
+"""Trains the same five steps in one process and in two (DDP, FSDP2), and prints the differences as JSON.
 
 usage: two_processes.py FOLDER KIND ...
 
@@ -38,7 +38,8 @@ from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.checkpoints import checkpoint_problem, checkpoints_of
-from oprd_nb.training.trainer import OPRDConfig, OPRDTrainer
+from oprd_nb.training.config import OPRDConfig
+from oprd_nb.training.trainer import OPRDTrainer
 from oprd_nb.utils import read_jsonl
 
 STEPS, RESPONSES = 5, 16
@@ -60,7 +61,7 @@ class Seen(TrainerCallback):
 
 
 def become_fsdp(accelerate_init):
-    """Accelerate offers FSDP on accelerators only; two CPU processes get FSDP2 by declaring themselves such."""
+    """Accelerate offers FSDP on accelerators only, so two CPU processes declare themselves such."""
 
     def init(self, *args, **options):
         accelerate_init(self, *args, **options)

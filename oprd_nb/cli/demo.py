@@ -21,8 +21,8 @@ from ..objectives.representation import Representation
 from ..objectives.terms import Objective, as_objective
 from ..plots.report import write_report
 from ..runs import method_style
+from ..training.config import OPRDConfig
 from ..training.experiment import METHODS, distil
-from ..training.trainer import OPRDConfig
 
 # %% ../../nbs/60_cli/05_demo.ipynb #26f999fb
 BEST_LEARNING_RATE = {"oprd": 3e-3, "opd-full": 3e-4, "opd-sampled": 1e-4}

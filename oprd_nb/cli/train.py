@@ -34,8 +34,8 @@ from ..rollouts.vllm import VLLMSampler
 from ..runs import method_style
 from ..tasks.problems import Task, load_task
 from ..teachers import Teacher
+from ..training.config import OPRDConfig
 from ..training.experiment import BRIDGE_KINDS, METHODS, bridge_term, distil
-from ..training.trainer import OPRDConfig
 
 # %% ../../nbs/60_cli/04_train.ipynb #894dcdb4
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..runs.folder import METHODS, method_style
+from ..runs.folder import method_style
 from ..runs.tables import summary_table
 
 # %% ../../nbs/30_plots/02_paper.ipynb #00000010

@@ -20,7 +20,7 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from .moments import CHUNK, LayerPair, Moments, check_paired, float64_chunks
-from .ridge import Fits, RidgeFit, fit_all, fit_of, prefix_cosine, share_explained
+from .ridge import Fits, RidgeFit, fit_of, prefix_cosine, share_explained
 
 # %% ../../nbs/10_structure/03_ranks.ipynb #0000000d
 class HeldoutSums(NamedTuple):

@@ -232,7 +232,7 @@ def _question(response: str, answer: str | float | None) -> tuple[bool | None, t
         return verdict, ("", "")
     return None, (normalize_answer(given), normalize_answer(answer))
 
-
+# %% ../../nbs/03_tasks/02_grading.ipynb #3ddd7dac
 def grade(response: str, answer: str) -> bool:
     """Whether the last boxed answer of a response equals `answer`.
 

@@ -234,7 +234,7 @@ def _from_hub(name: str, known: KnownSet) -> "Dataset":
         }
     )
 
-
+# %% ../../nbs/03_tasks/01_problems.ipynb #fef6b95d
 def load_task(name: str | Path) -> Task:
     """A task by name (`KNOWN`, or "arithmetic") or from a local parquet.
 

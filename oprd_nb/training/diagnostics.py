@@ -100,7 +100,7 @@ class Interval:
     peaks: dict[str, float]
     micro_batches: int
 
-
+# %% ../../nbs/23_training/02_diagnostics.ipynb #846bd5f8
 class StepMetrics:
     """Collects an interval; values may be numbers or 0-d tensors."""
 
@@ -189,7 +189,7 @@ def output_diagnostics(
         "topk/overlap_ratio": shared.float().mean().item(),
     }
 
-
+# %% ../../nbs/23_training/02_diagnostics.ipynb #52795e75
 def _mean_entropy(log_p: Float[Tensor, "n vocabulary"]) -> float:
     """Mean entropy in nats."""
     return -(log_p.exp() * log_p).sum(-1).mean().item()

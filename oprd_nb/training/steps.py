@@ -56,6 +56,14 @@ class WrappedModels(DistillationTrainer):
     teacher: Teacher
     run_folder: RunFolder
 
+    def _check_token_budget(self, budget: int) -> None:
+        """ValueError for a token budget with FSDP or DeepSpeed."""
+        if budget and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"token_budget={budget}: processes would make different numbers of passes, which FSDP and "
+                "DeepSpeed cannot; use 0 with them"
+            )
+
     def _prepared_teacher(self) -> nn.Module | None:
         """The teacher in its wrapper; None where it is the student without its adapters."""
         if self.teacher.adapters_off:
@@ -128,11 +136,7 @@ class TrainerBase(WrappedModels):
             processing_class=processing_class,
             **trainer_options,
         )
-        if args.token_budget and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"token_budget={args.token_budget}: processes would make different numbers of passes, "
-                "which FSDP and DeepSpeed cannot; use 0 with them"
-            )
+        self._check_token_budget(args.token_budget)
         warn_about_ends(self.model, processing_class, teacher)
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()

@@ -28,7 +28,6 @@ from oprd_nb.training.checkpoints import (
     last_good_checkpoint,
     write_manifest,
 )
-from .config import OPRDConfig
 from .diagnostics import output_diagnostics, representation_diagnostics
 from .steps import LossMixin, RolloutMixin, StepMixin, TrainerBase
 
