@@ -127,7 +127,7 @@ def test_long_answers_keep_their_ends():
     assert len(text) < 1600
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium")
+@pytest.mark.browser
 def test_a_browser_draws_it_without_a_request_or_an_error(runs, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     table = pd.read_parquet(runs[0] / "eval" / "after.parquet")
