@@ -11,11 +11,13 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DistillationTrainer
 
+from oprd_nb.bridge.pca import Bridge
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
+from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.config import OPRDConfig, check_trl, freeze_unused
 from oprd_nb.training.trainer import OPRDTrainer
@@ -427,3 +429,55 @@ def test_pairs_that_need_something_else_say_so(tmp_path):
         train(tmp_path, wide, Representation())
     with pytest.raises(ValueError, match="different tokenizers"):
         train(tmp_path, other, FullKL())
+
+
+def test_an_evaluation_samples_each_problem_once(same, tmp_path):
+    """Diagnostics read the responses that were graded."""
+    asked = []
+
+    class CountingSampler(HFSampler):
+        def sample(self, prompts, **options):
+            asked.append(len(prompts))
+            return super().sample(prompts, **options)
+
+    trainer = OPRDTrainer(
+        model=same.student,
+        teacher=Teacher(same.teacher, same.tokenizer),
+        objective=FullKL(),
+        args=config(tmp_path),
+        train_dataset=same.task.train,
+        eval_dataset=same.task.validation.select(range(40)),
+        processing_class=same.tokenizer,
+        eval_sampler=CountingSampler(same.student, same.tokenizer),
+    )
+    metrics = trainer.evaluate()
+    assert sum(asked) == 40
+    assert "rep/cosine_similarity" in metrics
+
+
+def random_bridge(width_student, width_teacher, seed):
+    """A bridge of rank 2 between layers 1, fitted to noise."""
+    moments = Moments([(1, 1)], width_student, width_teacher)
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(500, width_student, generator=generator)
+    teacher = torch.randn(500, width_teacher, generator=generator)
+    moments.update((1, 1), student, teacher)
+    return Bridge.fit(moments, rank=2)
+
+
+def test_two_bridges_are_refused_before_anything_is_written(tmp_path):
+    pair = embedded("cross_architecture")
+    widths = (pair.student.config.hidden_size, pair.teacher.config.hidden_size)
+    first = Representation(layers="1", bridge=random_bridge(*widths, seed=0))
+    second = Representation(layers="1", bridge=random_bridge(*widths, seed=1))
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="2 different bridges"):
+        OPRDTrainer(
+            model=pair.student,
+            teacher=Teacher(pair.teacher, pair.teacher_tokenizer),
+            objective=first + second,
+            args=config(folder),
+            train_dataset=pair.task.train,
+            processing_class=pair.tokenizer,
+        )
+    assert not folder.exists()
