@@ -61,3 +61,18 @@ def test_exported_cells_stay_short():
         and (n := len("".join(c["source"]).splitlines())) > 60
     }
     assert not long
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_a_cell_that_shows_a_figure_is_saved_with_its_picture(path):
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    missing = []
+    for number, cell in enumerate(cells):
+        lines = "".join(cell["source"]).strip().splitlines() or [""]
+        shown = [output.get("data", {}) for output in cell["outputs"]]
+        has_picture = any("image/png" in data for data in shown)
+        is_drawn = any("plotly" in kind for data in shown for kind in data)
+        shows_a_figure = lines[-1] in ("fig", "figure") or lines[-1].startswith("fig.update_layout(")
+        if (is_drawn or shows_a_figure) and not has_picture:
+            missing.append(number)
+    assert not missing
