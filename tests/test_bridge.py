@@ -13,6 +13,7 @@ from conftest import tiny_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from short_runs import short_run
 from test_objectives import tiny_gpt2
 
 from oprd_nb.bridge.base import HELD_OUT, BridgeMetadata, ModelSpec, spec_of
@@ -41,7 +42,6 @@ from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.structure.ridge import fit_sgd
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.trainer import OPRDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
@@ -403,21 +403,7 @@ def test_training_moves_the_student_and_not_the_bridge(kind, rank8, readout, tmp
     fresh = Setting("cross_architecture", 2)
     before = bits(made)
     weights = {name: p.clone() for name, p in fresh.student.named_parameters()}
-    args = OPRDConfig(
-        str(tmp_path),
-        learning_rate=1e-3,
-        max_steps=2,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        num_generations=1,
-        max_completion_length=40,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        weight_decay=0.1,
-        use_cpu=True,
-    )
+    args = short_run(tmp_path, max_steps=2, gradient_accumulation_steps=2, weight_decay=0.1)
     trainer = OPRDTrainer(
         model=fresh.student.requires_grad_(True),
         teacher=fresh.teacher,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from short_runs import short_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd_nb.core import set_seed
@@ -15,7 +16,6 @@ from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.checkpoints import checkpoints_of, write_manifest
-from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.export import checkpoint_of, export_model, merged, model_folder
 from oprd_nb.training.trainer import OPRDTrainer
 
@@ -33,22 +33,7 @@ def greedy(model, tokenizer, prompts):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_run_folder_becomes_a_model_with_the_same_answers(kind, same, tmp_path):
-    args = OPRDConfig(
-        str(tmp_path / "run"),
-        max_steps=3,
-        learning_rate=3e-3,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        num_generations=1,
-        max_completion_length=40,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        save_strategy="steps",
-        save_steps=3,
-    )
+    args = short_run(tmp_path / "run", learning_rate=3e-3, save_strategy="steps", save_steps=3)
     trainer = OPRDTrainer(
         model=same.student,
         teacher=Teacher(same.teacher, same.tokenizer),

@@ -287,14 +287,6 @@ def test_half_of_the_exported_cells_have_at_most_15_lines():
     )
 
 
-def test_no_exported_cell_has_more_than_60_lines():
-    wrong = []
-    for book in all_notebooks():
-        lengths = {cell.number: cell_lines(cell.source) for cell in book.exported}
-        wrong += [f"nbs/{book.name} cell {number}: {n} lines" for number, n in lengths.items() if n > 60]
-    assert not wrong, listing(wrong)
-
-
 def without_example(book: Notebook) -> tuple[list[str], int]:
     """The exported cells with no example before the next one, and how many exported cells there are."""
     bare, count, waiting = [], 0, None

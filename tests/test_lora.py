@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_qwen3
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from short_runs import short_run
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oprd_nb.core import set_seed
@@ -18,7 +19,6 @@ from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.teachers import Teacher, without_adapters
-from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.trainer import OPRDTrainer
 
 TERMS = [
@@ -107,27 +107,13 @@ def test_modules_trained_whole_are_switched_off_as_well():
 
 
 def trained(folder, student, teacher, tokenizer, prompts, term, sampler=None, **changes):
-    options = dict(
-        learning_rate=2e-2,
-        max_steps=3,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        num_generations=1,
-        max_completion_length=30,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        weight_decay=0.5,
-        use_cpu=True,
-        report_to="none",
-    )
+    settings = dict(learning_rate=2e-2, max_completion_length=30, weight_decay=0.5)
     peft_config = changes.pop("peft_config", None)
     trainer = OPRDTrainer(
         model=student,
         teacher=teacher,
         objective=term,
-        args=OPRDConfig(str(folder), **(options | changes)),
+        args=short_run(folder, **(settings | changes)),
         train_dataset=prompts,
         processing_class=tokenizer,
         sampler=sampler,

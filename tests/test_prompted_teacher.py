@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from short_runs import short_run
 
 from oprd_nb.core import Positions
 from oprd_nb.objectives.output_space import FullKL
@@ -11,7 +12,6 @@ from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.diagnostics import output_diagnostics
 from oprd_nb.training.trainer import OPRDTrainer
 
@@ -71,20 +71,7 @@ def test_a_student_learns_from_itself_with_a_better_prompt(same, objective, tmp_
     """
     losses = {}
     for name, prompt in (("plain", None), ("asked", longer)):
-        config = OPRDConfig(
-            str(tmp_path / name),
-            max_steps=2,
-            learning_rate=1e-3,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=1,
-            num_generations=1,
-            bf16=False,
-            max_completion_length=24,
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-        )
+        config = short_run(tmp_path / name, max_steps=2, max_completion_length=24)
         trainer = OPRDTrainer(
             model=same.student,
             teacher=Teacher(type(same.student)(same.student.config), same.tokenizer, prompt=prompt),

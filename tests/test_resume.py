@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig
+from short_runs import short_run
 from transformers import TrainerCallback
 
 from oprd_nb.bridge.pca import Bridge
@@ -148,26 +149,12 @@ def test_only_checkpoints_are_taken_for_checkpoints(tmp_path):
 
 
 def trainer_for(pair, folder, callbacks=None, peft_config=None, **changes):
-    options = dict(
-        max_steps=3,
-        learning_rate=1e-3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        num_generations=1,
-        max_completion_length=40,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        save_strategy="steps",
-        save_steps=1,
-    )
+    settings = dict(per_device_train_batch_size=4, save_strategy="steps", save_steps=1)
     return OPRDTrainer(
         model=pair.student,
         teacher=Teacher(pair.teacher, pair.tokenizer),
         objective=FullKL(),
-        args=OPRDConfig(str(folder), **(options | changes)),
+        args=short_run(folder, **(settings | changes)),
         train_dataset=pair.task.train,
         eval_dataset=pair.task.validation.select(range(20)),
         processing_class=pair.tokenizer,

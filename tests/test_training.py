@@ -8,6 +8,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from short_runs import short_run
 from transformers import TrainerCallback
 from trl import DistillationTrainer
 
@@ -19,7 +20,7 @@ from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.config import OPRDConfig, check_trl, freeze_unused
+from oprd_nb.training.config import check_trl, freeze_unused
 from oprd_nb.training.trainer import OPRDTrainer
 
 TERMS = [
@@ -51,22 +52,8 @@ class Gradients(TrainerCallback):
 
 
 def config(folder, **changes):
-    options = dict(
-        learning_rate=1e-3,
-        max_steps=1,
-        per_device_train_batch_size=64,
-        gradient_accumulation_steps=1,
-        num_generations=1,
-        max_completion_length=40,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        use_cpu=True,
-    )
-    return OPRDConfig(str(folder), **(options | changes))
+    settings = dict(max_steps=1, per_device_train_batch_size=64, weight_decay=0.0, max_grad_norm=0.0)
+    return short_run(folder, **(settings | changes))
 
 
 def train(folder, pair, objective, sampler=None, prompts=64, peft_config=None, teacher=None, **changes):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
+from short_runs import short_run
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from oprd_nb.cli import main
@@ -19,7 +20,6 @@ from oprd_nb.rollouts.samplers import HFSampler, response_log_probs
 from oprd_nb.rollouts.vllm import VLLMSampler, fill_heads, plain_weights, with_heads
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.export import export_model
 from oprd_nb.training.trainer import OPRDTrainer
 
@@ -157,20 +157,7 @@ def test_another_student_or_adapters_without_room_are_refused(same):
 
 def trainer_on(same, sampler, folder, steps=3):
     """A short run whose rollouts the engine writes."""
-    config = OPRDConfig(
-        str(folder),
-        max_steps=steps,
-        learning_rate=3e-3,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        num_generations=1,
-        bf16=False,
-        max_completion_length=24,
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
+    config = short_run(folder, max_steps=steps, learning_rate=3e-3, max_completion_length=24)
     return OPRDTrainer(
         model=same.student,
         teacher=Teacher(same.teacher, same.teacher_tokenizer),
