@@ -74,6 +74,11 @@ class TeacherReading:
             model.requires_grad_(False).eval()
         check_tokenizer(model, self.tokenizer, "teacher")
 
+    @property
+    def loss_scale(self) -> float:
+        """What the losses of representation terms are multiplied by."""
+        return 1.0
+
     def read(self, rollouts: Rollouts, student_tokenizer: PreTrainedTokenizerBase) -> Pairs:
         """What this teacher reads of the rollouts, and the pairing of its positions with the student's."""
         if self.prompt is None:

@@ -243,10 +243,11 @@ def position_losses(
 
     teacher_states = run_teacher(ask_teacher)
     results = run_student(ask_student)
-    return [
-        TermLosses(term, weight, mask, losses, metrics)
-        for (weight, term), mask, (losses, metrics) in zip(objective.terms, plan.masks, results, strict=True)
-    ]
+    term_losses = []
+    for (weight, term), mask, (losses, metrics) in zip(objective.terms, plan.masks, results, strict=True):
+        scale = 1.0 if term.needs_head else teacher.loss_scale
+        term_losses.append(TermLosses(term, weight * scale, mask, losses, metrics))
+    return term_losses
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #0000000c
 def _position_weights(mask: Bool[Tensor, "batch time"], reduction: str) -> Float[Tensor, "n"]:
