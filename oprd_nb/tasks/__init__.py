@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "problems": ["Task", "load_task", "arithmetic", "contamination"],
         "grading": ["grade", "grade_all", "extract_answer"],
+        "words": ["word_problems"],
     },
 )
 
@@ -22,3 +23,4 @@ if TYPE_CHECKING:
         contamination as contamination,
     )
     from .grading import grade as grade, grade_all as grade_all, extract_answer as extract_answer
+    from .words import word_problems as word_problems
