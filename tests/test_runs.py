@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ import yaml
 from scipy import stats
 
 import oprd_nb
+from oprd_nb.objectives import FullKL, Representation, SampledTokenKL
+from oprd_nb.objectives.terms import Term, as_objective
 from oprd_nb.runs import (
     METHODS,
     metric_of,
     metrics_table,
     mu_table,
+    peak_memory,
     problem_scores,
     read_metrics,
     read_run,
@@ -27,6 +31,9 @@ from oprd_nb.runs import (
     write_about,
     write_settings,
 )
+from oprd_nb.runs.tables import final_metrics
+from oprd_nb.training.config import method_and_label
+from oprd_nb.training.experiment import write_summary
 from oprd_nb.utils import OKABE_ITO, results_folder
 
 
@@ -272,3 +279,46 @@ def test_a_large_run_opens_in_three_seconds(tmp_path):
     assert table["accuracy"].notna().all()
     assert len(run.evals.grades("after")) == 20_000
     assert taken <= 3, f"took {taken:.1f} s"
+
+
+# ---- one rule for memory, one name for every run
+
+
+def test_memory_is_known_only_where_an_accelerator_counted_it(tmp_path):
+    on_card = synthetic_run(tmp_path / "card", steps=20, problems=5, about={"device": "NVIDIA H100"})
+    on_cpu = synthetic_run(tmp_path / "cpu", steps=20, problems=5, about={"device": "CPU, 2 cores"})
+    assert final_metrics(read_run(on_card))["delta_peak"] == 9.5e7
+    assert np.isnan(final_metrics(read_run(on_cpu))["delta_peak"])
+    for folder, has_memory in ((on_card, True), (on_cpu, False)):
+        summary = json.loads(write_summary(folder, {}, seconds=1.0, steps=20).read_text())
+        assert ("memory/delta_peak" in summary) == has_memory
+
+
+def test_the_first_three_steps_do_not_count_as_the_peak():
+    assert peak_memory([9.0, 9.0, 9.0, 1.0, 2.0, np.nan], on_cpu=False) == 2.0
+    assert peak_memory([9.0, 1.0], on_cpu=False) == 9.0
+    assert np.isnan(peak_memory([], on_cpu=False))
+
+
+@dataclass
+class OwnTerm(Term):
+    positions: str = "all"
+    name = "own"
+    predicting = True
+    needs_head = True
+
+    def per_position(self, inputs):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "label"),
+    [
+        (Representation(), "oprd", "OPRD"),
+        (SampledTokenKL() + 10 * Representation(), "opd-sampled", "OPD sampled token + 10 OPRD"),
+        (OwnTerm(), "OwnTerm", "OwnTerm"),
+        (0.5 * OwnTerm() + FullKL(), "OwnTerm", "0.5 OwnTerm + OPD full KL"),
+    ],
+)
+def test_every_objective_has_a_method_and_a_label(objective, method, label):
+    assert method_and_label(as_objective(objective)) == (method, label)

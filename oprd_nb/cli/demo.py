@@ -8,6 +8,7 @@ __all__ = ['BEST_LEARNING_RATE', 'QUICK_LEARNING_RATE', 'ARGUMENTS', 'DemoArgume
 
 # %% ../../nbs/60_cli/05_demo.ipynb #535e5680
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..models.pairs import embedded
 from ..objectives.representation import Representation
 from ..objectives.terms import Objective, as_objective
 from ..plots.report import write_report
-from ..runs import method_style
+from ..runs import RunPaths, method_style
 from ..training.config import OPRDConfig
 from ..training.experiment import METHODS, distil
 
@@ -72,7 +73,9 @@ def embedded_objective(method: str) -> Objective:
     return METHODS[method]()
 
 # %% ../../nbs/60_cli/05_demo.ipynb #ab34f698
-def demo_run(method: str, learning_rate: float, args: DemoArguments) -> dict[str, Evaluation]:
+def demo_run(
+    method: str, learning_rate: float, args: DemoArguments, measure_teacher: bool = False
+) -> dict[str, Evaluation]:
     """One method of the demo, into the folder `args.out`/method; returns its evaluations before and after."""
     pair = embedded("same")
     steps = 16 if args.quick else args.steps
@@ -91,6 +94,7 @@ def demo_run(method: str, learning_rate: float, args: DemoArguments) -> dict[str
         about,
         held_out=60 if args.quick else 300,
         after_evaluation=save_token_scores,
+        measure_teacher=measure_teacher,
         eval_dataset=pair.task.validation.select(range(100)),
     )
 
@@ -104,7 +108,11 @@ def run(args: DemoArguments) -> None:
     rates = QUICK_LEARNING_RATE if args.quick else BEST_LEARNING_RATE
     summaries = {}
     for method, learning_rate in rates.items():
-        results = demo_run(method, learning_rate, args)
+        # The teacher is the same for all: it is measured in the first run, and its answers are copied.
+        first = RunPaths(out / next(iter(rates))).eval("teacher")
+        results = demo_run(method, learning_rate, args, measure_teacher=not summaries)
+        if summaries:
+            shutil.copy(first, RunPaths(out / method).eval("teacher"))
         before = accuracy_of(results["before"])
         after = accuracy_of(results["after"])
         print(f"{method_style(method).label:18} {before:.1%} -> {after:.1%}")

@@ -256,6 +256,7 @@ def stage(
         samples=args.samples,
         teacher=teacher,
         after_evaluation=save_token_scores,
+        measure_teacher=True,
         sampler=sampler,
         # Stored responses answer the prompts of training only.
         eval_sampler=HFSampler(pair.student, pair.tokenizer) if args.replay else None,

@@ -37,10 +37,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "layer_table",
             "metrics_table",
             "mu_table",
+            "peak_memory",
             "problem_scores",
+            "ran_on_cpu",
             "require_columns",
             "set_scores",
             "summary_table",
+            "teacher_accuracy",
         ],
     },
 )
@@ -55,5 +58,7 @@ if TYPE_CHECKING:
     from .synthetic import synthetic_metrics as synthetic_metrics, synthetic_run as synthetic_run
     from .tables import Runs as Runs, accuracy_metric as accuracy_metric, as_runs as as_runs
     from .tables import layer_table as layer_table, metrics_table as metrics_table, mu_table as mu_table
-    from .tables import problem_scores as problem_scores, require_columns as require_columns
+    from .tables import peak_memory as peak_memory, problem_scores as problem_scores
+    from .tables import ran_on_cpu as ran_on_cpu, require_columns as require_columns
     from .tables import set_scores as set_scores, summary_table as summary_table
+    from .tables import teacher_accuracy as teacher_accuracy

@@ -111,6 +111,7 @@ METRICS = {
     "eval/avg@<k>": Metric("share", "Accuracy (Avg@<k>)", ".1%"),
     "eval/length/mean": Metric("tokens", "Tokens per response", ","),
     "eval/truncated": Metric("share", "Responses cut off", ".1%"),
+    "eval/cosine_similarity": Metric("cosine", "Cosine, student and teacher", ".4f"),
     "actor/entropy": Metric("nats per token", "Entropy, nats per token"),
     "teacher/entropy": Metric("nats per token", "Entropy, nats per token"),
     "topk/overlap_ratio": Metric("share", "Share of top-k tokens in common", ".1%"),

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Runs', 'NUMBERS', 'as_runs', 'require_columns', 'run_labels', 'metrics_table', 'layer_table', 'accuracy_metric',
-           'problem_scores', 'final_metrics', 'summary_table', 'set_scores', 'mu_table']
+           'problem_scores', 'ran_on_cpu', 'peak_memory', 'final_metrics', 'summary_table', 'teacher_accuracy',
+           'set_scores', 'mu_table']
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000004
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .folder import METHODS, Run, method_style, read_run
+from .folder import METHODS, Run, method_style, read_run, summary_value
 from ..utils import bootstrap_interval, t_interval
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000011
@@ -105,13 +106,35 @@ def problem_scores(samples: pd.DataFrame) -> pd.DataFrame:
 NUMBERS = ["before", "accuracy", "low", "high", "seconds", "delta_peak", "length", "truncated"]
 """Columns of `summary_table`: shares, seconds, bytes, tokens per response, share of responses cut off."""
 
+# %% ../../nbs/22_runs/03_tables.ipynb #8d753170
+def ran_on_cpu(config: Mapping, about: Mapping) -> bool:
+    """Whether a run's settings or facts say that it was trained on a CPU."""
+    device = str(about.get("device", "")).lower()
+    if device:
+        return device.startswith("cpu")
+    torch_version = str((about.get("versions") or {}).get("torch", ""))
+    return bool(config.get("use_cpu")) or torch_version.endswith("+cpu")
+
+# %% ../../nbs/22_runs/03_tables.ipynb #ab7361eb
+def peak_memory(peaks: Sequence[float], on_cpu: bool) -> float:
+    """The delta-peak of a run in bytes from those of its steps; NaN on a CPU, or where there are none.
+
+    The first three steps are left out where there are more: they allocate what every later step uses.
+    """
+    known = [peak for peak in peaks if np.isfinite(peak)]
+    if on_cpu or not known:
+        return np.nan
+    return float(max(known[3:] or known))
+
 # %% ../../nbs/22_runs/03_tables.ipynb #f60432ff
 def final_metrics(run: Run) -> dict:
     """How one run ended, a value for each of `NUMBERS`; NaN where unknown. The interval is over problems."""
     row = {"method": run.method, "label": run.label} | dict.fromkeys(NUMBERS, np.nan)
-    for key, metric in (("seconds", "seconds"), ("delta_peak", "memory/delta_peak")):
-        if metric in run.metrics:
-            row[key] = run.metrics[metric].max()
+    peaks = run.metrics.get("memory/delta_peak", pd.Series(dtype=float))
+    row["delta_peak"] = peak_memory(peaks.tolist(), ran_on_cpu(run.config, run.about))
+    row["seconds"] = summary_value(run, "seconds")
+    if np.isnan(row["seconds"]) and "seconds" in run.metrics:
+        row["seconds"] = run.metrics["seconds"].max()
     if "before" in run.evals:
         row["before"] = problem_scores(run.evals.grades("before"))["avg"].mean()
     if "after" in run.evals:
@@ -149,6 +172,26 @@ def summary_table(runs: Runs) -> pd.DataFrame:
     for (method, label), group in finals.groupby(["method", "label"], sort=False):
         rows.append({"method": method, "label": label} | _summary_row(group))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/22_runs/03_tables.ipynb #e5319baa
+def teacher_accuracy(runs: Runs) -> dict[str, float]:
+    """Accuracy, low, high, length and share cut off of the teacher's answers, mean over the runs that hold them.
+
+    {} where none does, and for a table. The interval is over problems.
+    """
+    if isinstance(runs, pd.DataFrame):
+        return {}
+    rows = []
+    for run in as_runs(runs):
+        if "teacher" in run.evals:
+            samples = run.evals.grades("teacher")
+            scores = problem_scores(samples)["avg"].to_numpy()
+            low, high = bootstrap_interval(scores)
+            row = {"accuracy": scores.mean(), "low": float(low), "high": float(high)}
+            for key, column in (("length", "tokens"), ("truncated", "truncated")):
+                row[key] = samples[column].mean() if column in samples else np.nan
+            rows.append(row)
+    return pd.DataFrame(rows).mean().to_dict() if rows else {}
 
 # %% ../../nbs/22_runs/03_tables.ipynb #0000001e
 def set_scores(runs: Runs) -> pd.DataFrame:

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['check_trl', 'OPRDConfig', 'logprob_tolerance_of', 'freeze_unused', 'warn_about_ends', 'check_shared', 'check_dataset',
-           'check_terms', 'bridge_of', 'settings_of', 'about_of']
+           'check_terms', 'bridge_of', 'settings_of', 'method_of_term', 'method_and_label', 'device_in_words',
+           'about_of']
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
+import os
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date
 from enum import Enum
 from typing import Any
 
@@ -25,6 +28,7 @@ from ..capture import FINAL, backbone_of, blocks_of, num_layers_of
 from ..models.loading import end_tokens
 from ..objectives.terms import Objective, Term, as_objective
 from ..pairing.token_bytes import fingerprint
+from ..runs.folder import method_style
 from ..teachers import Teacher
 
 # %% ../../nbs/23_training/05_config.ipynb #00000005
@@ -289,11 +293,50 @@ def _as_plain(value: Any) -> Any:
     """The text of an enumeration's entry; anything else as it is."""
     return value.value if isinstance(value, Enum) else value
 
+# %% ../../nbs/23_training/05_config.ipynb #dedd8507
+_METHOD_OF_TERM = {"FullKL": "opd-full", "SampledTokenKL": "opd-sampled", "TopKKL": "opd-topk"}
+
+
+def method_of_term(term: Term) -> str:
+    """The method that a term alone makes; the class's name for a term that this package does not have."""
+    kind = type(term).__name__
+    if kind == "Representation":
+        bridge = getattr(term, "bridge", None)
+        if bridge is None:
+            return "oprd"
+        return "readout" if type(bridge).__name__ == "ReadoutBridge" else "bridge"
+    return _METHOD_OF_TERM.get(kind, kind)
+
+# %% ../../nbs/23_training/05_config.ipynb #7502432b
+def method_and_label(objective: Objective) -> tuple[str, str]:
+    """The method of an objective, by its first term, and a label that names every term with its weight."""
+    methods = [(weight, method_of_term(term)) for weight, term in objective.terms]
+    parts = []
+    for place, (weight, method) in enumerate(methods):
+        name = method_style(method).label
+        parts.append(name if weight == 1 or (place == 0 and len(methods) == 1) else f"{weight:g} {name}")
+    return methods[0][1], " + ".join(parts)
+
+# %% ../../nbs/23_training/05_config.ipynb #2ab0c018
+def device_in_words(device: torch.device, processes: int = 1) -> str:
+    """What a run is trained on: the accelerator's name, or "CPU" with its cores; and how many processes."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        name = f"CPU, {cores} cores"
+    else:
+        name = device.type
+    return f"{name}, {processes} processes" if processes > 1 else name
+
 # %% ../../nbs/23_training/05_config.ipynb #58a29794
 def about_of(objective: Objective, args: OPRDConfig) -> dict[str, Any]:
-    """What a run trains, in words, and with what."""
+    """What a run trains, in words, when, and with what."""
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
+        "label": method_and_label(objective)[1],
+        "date": date.today().isoformat(),
+        "device": device_in_words(args.device, args.world_size),
         "objective": [f"{weight:g} * {term!r}" for weight, term in objective.terms],
         "reduction": objective.reduction,
         "responses_per_step": responses,

@@ -7,6 +7,7 @@ __all__ = ['METHODS', 'BRIDGE_KINDS', 'AfterEvaluation', 'bridge_term', 'version
 
 # %% ../../nbs/23_training/08_experiment.ipynb #00000002
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from ..models.pairs import ModelPair
 from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from ..objectives.representation import Representation
 from ..objectives.terms import Objective, as_objective
-from ..runs.folder import RunPaths
+from ..rollouts.samplers import HFSampler, Sampler
+from ..runs.folder import RunPaths, read_settings
+from ..runs.tables import peak_memory, ran_on_cpu
 from ..teachers import Teacher
 from .config import OPRDConfig
 from .trainer import OPRDTrainer
@@ -72,12 +75,15 @@ def write_summary(folder: Path, results: dict[str, Evaluation], seconds: float, 
     """Write `summary.json` of a run folder from its evaluations and its metrics; returns its path."""
     paths = RunPaths(folder)
     summary: dict[str, Any] = {}
-    for name, prefix in (("after", ""), ("before", "before/")):
+    for name, prefix in (("after", ""), ("before", "before/"), ("teacher", "teacher/")):
         if name in results:
             for row in results[name].summary.dropna().itertuples():
                 summary[f"{prefix}{row.metric}"] = {"value": row.value, "low": row.low, "high": row.high}
-    peaks = [line["memory/delta_peak"] for line in read_jsonl(paths.metrics) if "memory/delta_peak" in line]
-    summary |= {"seconds": seconds, "steps": steps, "memory/delta_peak": max(peaks[3:] or peaks)}
+    summary |= {"seconds": seconds, "steps": steps}
+    peaks = [line.get("memory/delta_peak", math.nan) for line in read_jsonl(paths.metrics)]
+    peak = peak_memory(peaks, ran_on_cpu(*read_settings(folder)))
+    if not math.isnan(peak):
+        summary["memory/delta_peak"] = peak
     with replacing(paths.summary) as unfinished:
         unfinished.write_text(json.dumps(summary, indent=1))
     return paths.summary
@@ -101,10 +107,31 @@ class Measurement:
     def __call__(self, when: str) -> Evaluation:
         """Sample, grade and store under the name `when`; of several processes only the first stores."""
         trainer = self.trainer
-        args = trainer.args
-        is_main = trainer.is_world_process_zero()
-        result = evaluate(
-            trainer.synced_eval_sampler(),
+        weights = 0 if trainer.is_fsdp_enabled else weights_mark(trainer.model)
+        result = self._measure(trainer.synced_eval_sampler(), when, weights)
+        # With several processes the models may be sharded, and none of them could be asked alone.
+        if self.callback is not None and trainer.accelerator.num_processes == 1:
+            self.callback(when, result, self.problems, trainer)
+        return result
+
+    def of_teacher(self) -> Evaluation | None:
+        """The teacher's answers to the same problems, stored as "teacher".
+
+        None where it is the student's base, is asked something else, or is shared by several processes.
+        """
+        teacher = self.trainer.teacher
+        alone = self.trainer.accelerator.num_processes == 1
+        if not alone or teacher.adapters_off or teacher.prompt is not None:
+            return None
+        sampler = HFSampler(teacher.model, teacher.tokenizer)
+        return self._measure(sampler, "teacher", weights_mark(teacher.model))
+
+    def _measure(self, sampler: Sampler, when: str, weights: int) -> Evaluation:
+        """Sample and grade; the first process stores."""
+        args = self.trainer.args
+        is_main = self.trainer.is_world_process_zero()
+        return evaluate(
+            sampler,
             self.problems,
             n=self.samples,
             temperature=args.eval_temperature,
@@ -112,12 +139,8 @@ class Measurement:
             seed=args.seed,
             path=RunPaths(args.output_dir).eval(when) if is_main else None,
             progress=is_main and not args.disable_tqdm,
-            weights=0 if trainer.is_fsdp_enabled else weights_mark(trainer.model),
+            weights=weights,
         )
-        # With several processes the models may be sharded, and none of them could be asked alone.
-        if self.callback is not None and trainer.accelerator.num_processes == 1:
-            self.callback(when, result, self.problems, trainer)
-        return result
 
 # %% ../../nbs/23_training/08_experiment.ipynb #1f3069a9
 def distil(
@@ -130,6 +153,7 @@ def distil(
     samples: int = 4,
     teacher: Teacher | None = None,
     after_evaluation: AfterEvaluation | None = None,
+    measure_teacher: bool = False,
     **trainer_options: Any,
 ) -> dict[str, Evaluation]:
     """Train `pair.student` in place and evaluate it before and after; returns {"before", "after"}.
@@ -141,6 +165,7 @@ def distil(
     held_out: how many of the test problems; samples: responses to each.
     teacher: by default `pair.teacher` as it is.
     after_evaluation: called after each evaluation, in runs of one process.
+    measure_teacher: let the teacher answer the same problems too, into `eval/teacher.parquet`.
     trainer_options: whatever else `OPRDTrainer` takes.
     """
     trainer = OPRDTrainer(
@@ -169,6 +194,11 @@ def distil(
     trainer.model.eval()
     if measure is not None:
         results["after"] = measure("after")
+    measured = dict(results)
+    if measure is not None and measure_teacher:
+        teacher_result = measure.of_teacher()
+        if teacher_result is not None:
+            measured["teacher"] = teacher_result
     if is_main:
-        write_summary(folder, results, trainer.run_folder.seconds, trainer.state.global_step)
+        write_summary(folder, measured, trainer.run_folder.seconds, trainer.state.global_step)
     return results

@@ -43,6 +43,7 @@ from oprd_nb.training.config import (
     check_trl,
     freeze_unused,
     logprob_tolerance_of,
+    method_and_label,
     settings_of,
     warn_about_ends,
 )
@@ -140,10 +141,11 @@ class TrainerBase(WrappedModels):
         warn_about_ends(self.model, processing_class, teacher)
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()
+        held_out = {} if eval_dataset is None else {"validation_problems": len(eval_dataset)}
         self.run_folder = RunFolder(
             args.output_dir,
-            settings_of(args) | (settings or {}),
-            about_of(self.objective, args) | (about or {}),
+            {"method": method_and_label(self.objective)[0]} | settings_of(args) | (settings or {}),
+            about_of(self.objective, args) | held_out | (about or {}),
             bridge,
         )
         self._replace_callbacks()

@@ -85,19 +85,28 @@ class EvaluationMixin(HeldOutMixin):
     def _diagnostics(
         self, student: nn.Module, samples: pd.DataFrame, prompts: Sequence[Any]
     ) -> dict[str, float]:
-        """What both models say on the sampled responses, as far as no term of the objective logs it."""
+        """What both models say on the sampled responses.
+
+        The cosine there is `eval/cosine_similarity` for every objective, so that runs can be compared; it is
+        also `rep/cosine_similarity`, with its layers, where no term of the objective logs that.
+        """
         has_tokens = samples["token_ids"].map(len) > 0
         first = samples[has_tokens & (samples["sample"] == 0)].head(64)
         if first.empty:
             return {}
         rollouts = stored_rollouts(first, prompts, self._tokenizer).to(self.accelerator.device)
-        diagnostics: list[Callable[..., dict[str, float]]] = [output_diagnostics]
+        diagnostics: list[Callable[..., dict[str, float]]] = [output_diagnostics, representation_diagnostics]
+        output, cosines = (
+            self.inside(
+                self.model_wrapped, partial(measure, student, self.teacher, rollouts, self._tokenizer)
+            )
+            for measure in diagnostics
+        )
+        metrics = dict(output)
+        if "rep/cosine_similarity" in cosines:
+            metrics["eval_cosine_similarity"] = cosines["rep/cosine_similarity"]
         if not any(isinstance(term, Representation) for _, term in self.objective.terms):
-            diagnostics.append(representation_diagnostics)
-        metrics = {}
-        for measure in diagnostics:
-            ask = partial(measure, student, self.teacher, rollouts, self._tokenizer)
-            metrics |= self.inside(self.model_wrapped, ask)
+            metrics |= cosines
         return metrics
 
 # %% ../../nbs/23_training/07_trainer.ipynb #0000001a
