@@ -175,7 +175,7 @@ def summary_table(runs: Runs) -> pd.DataFrame:
 
 # %% ../../nbs/22_runs/03_tables.ipynb #e5319baa
 def teacher_accuracy(runs: Runs) -> dict[str, float]:
-    """Accuracy, low, high, length and share cut off of the teacher's answers, mean over the runs that hold them.
+    """Accuracy, low, high, length and share cut off of the teacher's answers, mean over runs that hold them.
 
     {} where none does, and for a table. The interval is over problems.
     """
