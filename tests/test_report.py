@@ -1,14 +1,30 @@
 """The report: self-contained, escaped, honest about noise, and drawn without a request or an error."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from oprd_nb.cli.demo import embedded_config
+from oprd_nb.objectives import Representation
+from oprd_nb.plots.answers import answered, answers_html, chosen_problems
 from oprd_nb.plots.page import clipped
-from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, headline, lead, rollouts_html, write_report
-from oprd_nb.runs import as_runs, read_settings, summary_table, synthetic_run, write_about, write_settings
+from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, headline, lead, measured_html, report_html, write_report
+from oprd_nb.runs import (
+    RunPaths,
+    as_runs,
+    read_run,
+    read_settings,
+    summary_table,
+    synthetic_run,
+    teacher_accuracy,
+    write_about,
+    write_settings,
+)
+from oprd_nb.training.experiment import distil
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -35,7 +51,7 @@ def test_one_file_without_a_reference_to_elsewhere(runs, tmp_path):
     assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)|https?://|url\(", outside_scripts(page))
     assert SYNTHETIC in page
     assert EMBEDDED in page
-    assert page.count("<article>") == 30
+    assert page.count("<article data-spaced") == 10
 
 
 def test_the_same_runs_give_the_same_page(runs, tmp_path):
@@ -111,12 +127,83 @@ def test_a_lead_over_seeds_is_welchs(tmp_path):
     assert low < gap < high
 
 
-def test_rollouts_pair_the_same_problem(runs):
-    run = as_runs(runs)[0]
-    html = rollouts_html(run, count=4)
-    before = run.evals["before"].set_index("problem")["prompt"]
-    assert re.findall(r"class='problem'><b>(.*?)</b>", html) == [before[i] for i in (0, 20, 39, 59)]
-    assert html.count("class='answer") == 8
+def test_answers_to_the_same_problem_are_next_to_each_other(runs):
+    html = answers_html(runs, count=4)
+    before = as_runs(runs)[0].evals["before"].set_index("problem")["prompt"]
+    spaced = re.findall(r"<article data-spaced[^>]*><p class='problem'><b>(.*?)</b>", html)
+    assert spaced == [before[i] for i in (0, 20, 39, 59)]
+    cards = html.count("<article")
+    assert html.count("class='answer") == 4 * cards  # before, and after three methods
+    assert html.count(" hidden") == cards - 4
+
+
+def test_a_filter_finds_what_was_gained_and_what_was_lost(runs):
+    read = as_runs(runs)
+    together = answered(read)
+    first = {
+        name: read[1].evals[name].query("sample == 0")["correct"].to_numpy() for name in ("before", "after")
+    }
+    assert (together.changes(read[1].label) == "wr").tolist() == (~first["before"] & first["after"]).tolist()
+    assert (together.changes(read[1].label) == "rw").tolist() == (first["before"] & ~first["after"]).tolist()
+    html = answers_html(runs)
+    assert f"data-wr='{(~first['before'] & first['after']).sum()}'" in html
+    assert len(chosen_problems(together, count=10, of_each=0)) == 10
+
+
+def test_runs_on_other_problems_are_named_and_not_mixed(runs, tmp_path):
+    other = synthetic_run(tmp_path / "other", "readout", steps=5, problems=60)
+    path = RunPaths(other).eval("after")
+    table = pd.read_parquet(path)
+    table.assign(prompt="another problem").to_parquet(path)
+    assert "Not shown: Readout bridge" in answers_html([*runs, other])
+    assert "Readout bridge" not in answered(as_runs([*runs, other])).columns
+
+
+def test_the_teacher_has_a_line_a_row_a_column_and_a_sentence(runs):
+    for run in runs:
+        after = pd.read_parquet(RunPaths(run).eval("after"))
+        after.assign(correct=[i % 20 != 0 for i in range(len(after))]).to_parquet(
+            RunPaths(run).eval("teacher")
+        )
+    read = as_runs(runs)
+    assert teacher_accuracy(read)["accuracy"] == pytest.approx(0.95)
+    page = report_html(read)
+    assert "The teacher answers 95.0% right." in page
+    assert page.count("teacher: 95.0%") == 3  # accuracy against steps, against time, and what it costs
+    assert "Teacher</td><td>–</td><td>95.0%" in page
+    assert list(answered(read).columns)[-1] == "Teacher"
+
+
+def test_on_which_problems_is_said_where_they_differ(runs):
+    text = measured_html(as_runs(runs))
+    assert "60 test problems, 1 responses each" in text
+    assert "100 validation problems" in text
+    assert "other problems" in text
+
+
+def test_a_report_and_its_summary_agree_in_every_number_they_share(tmp_path, same):
+    folder = tmp_path / "run"
+    args = embedded_config(folder, 3e-4, steps=6, seed=0, eval_steps=3)
+    args.per_device_train_batch_size = 8
+    validation = same.task.validation.select(range(6))
+    distil(same, Representation(), args, {}, held_out=12, measure_teacher=True, eval_dataset=validation)
+    summary = json.loads((folder / "summary.json").read_text())
+    run = read_run(folder)
+    row = summary_table([run]).iloc[0]
+    assert row["seconds"] == summary["seconds"]
+    assert row["before"] == summary["before/avg@4"]["value"]
+    for name, part in (("accuracy", "value"), ("low", "low"), ("high", "high")):
+        assert row[name] == pytest.approx(summary["avg@4"][part], abs=1e-12)
+        assert teacher_accuracy([run])[name] == pytest.approx(summary["teacher/avg@4"][part], abs=1e-12)
+    assert row["length"] == pytest.approx(summary["length/mean"]["value"])
+    assert row["truncated"] == pytest.approx(summary["truncated"]["value"])
+    # Resident memory of a process on a CPU is no measure of a method: neither shows any.
+    assert "memory/delta_peak" not in summary
+    assert row["delta_peak"] != row["delta_peak"]
+    page = report_html([run])
+    assert "memory that the update adds" not in page
+    assert run.method == "oprd"
+    assert "hidden states of all layers" in page
 
 
 def test_long_answers_keep_their_ends():
@@ -125,6 +212,31 @@ def test_long_answers_keep_their_ends():
     assert text.endswith("\\boxed{7}")
     assert "left out" in text
     assert len(text) < 1600
+
+
+def try_its_controls(page, narrow: bool) -> None:
+    """A legend hides and shows a line, a menu chooses problems, numbers are saved, tables say they scroll."""
+    lines = "document.querySelectorAll('#accuracy .scatterlayer .trace').length"
+    before = page.evaluate(lines)
+    button = page.locator("figure.accuracy button[data-entry]").first
+    button.click()
+    page.wait_for_function(f"{lines} < {before}")
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    page.wait_for_function(f"{lines} === {before}")
+    assert page.locator("article:visible").count() == 10
+    page.select_option("#change", "wr")
+    assert page.locator("article:visible").count() > 0
+    assert "of 60 problems" in page.locator("#count").inner_text()
+    with page.expect_download() as saved:
+        page.locator("figure.accuracy button[data-save='csv']").click()
+    rows = Path(saved.value.path()).read_text().splitlines()
+    assert rows[0] == '"series","points or line","Training step","Accuracy (Avg@1)"'
+    assert len(rows) > 10
+    with page.expect_download() as saved:
+        page.locator("button[data-table='methods']").click()
+    assert '"Method","Before","After"' in Path(saved.value.path()).read_text()
+    assert page.locator(".goes-on").first.is_visible() == narrow
 
 
 @pytest.mark.browser
@@ -137,8 +249,8 @@ def test_a_browser_draws_it_without_a_request_or_an_error(runs, tmp_path):
     complaints = []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        for width in (1200, 390):
-            page = browser.new_page(viewport={"width": width, "height": 900})
+        for width, scheme in ((1400, "light"), (800, "dark"), (390, "light"), (390, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page.on("request", lambda request: requests.append(request.url))
             page.on("console", lambda message: complaints.append(message.text))
             page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -148,6 +260,7 @@ def test_a_browser_draws_it_without_a_request_or_an_error(runs, tmp_path):
                 f"scrolls sideways at {width} px"
             )
             assert page.evaluate("window.hacked") is None
+            try_its_controls(page, narrow=width < 1000)
         browser.close()
     assert complaints == []
-    assert set(requests) == {page_file.as_uri()}
+    assert {url for url in requests if not url.startswith("blob:")} == {page_file.as_uri()}

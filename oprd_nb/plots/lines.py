@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DASHES', 'rolling_mean', 'default_window', 'downsample', 'to_float32', 'label_dashes', 'smoothed', 'time_axis',
-           'add_series', 'curve']
+           'add_level', 'add_teacher', 'add_series', 'reading_aid', 'curve']
 
 # %% ../../nbs/30_plots/01_lines.ipynb #c8799aaa
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.signal import savgol_filter
 
 from .theme import base_figure
 from ..runs.folder import METRICS, method_style, metric_of
-from ..runs.tables import Runs, metrics_table, require_columns
+from ..runs.tables import Runs, metrics_table, require_columns, teacher_accuracy
 
 # %% ../../nbs/30_plots/01_lines.ipynb #00000009
 def rolling_mean(values: Float[np.ndarray, "n"], window: int) -> Float[np.ndarray, "n"]:
@@ -90,6 +90,24 @@ def time_axis(fig: go.Figure, axis: str, longest: float) -> float:
     fig.update_xaxes(title_text=title, rangemode="tozero")
     return divisor
 
+# %% ../../nbs/30_plots/01_lines.ipynb #7d97457a
+def add_level(fig: go.Figure, value: float, text: str, position: str = "bottom right") -> go.Figure:
+    """A dotted line across the figure at a height, with a text; nothing where the height is NaN."""
+    if not np.isfinite(value):
+        return fig
+    return fig.add_hline(
+        value,
+        line=dict(color="#666666", dash="dot", width=1.5),
+        annotation_position=position,
+        annotation=dict(text=text, font_color="#666666", font_size=12),
+    )
+
+
+def add_teacher(fig: go.Figure, runs: Runs, position: str = "bottom right") -> go.Figure:
+    """The teacher's accuracy as a level, where the runs hold it."""
+    accuracy = teacher_accuracy(runs).get("accuracy", np.nan)
+    return add_level(fig, accuracy, f"teacher: {accuracy:.1%}", position)
+
 # %% ../../nbs/30_plots/01_lines.ipynb #0000000e
 def _add_label(fig: go.Figure, runs: pd.DataFrame, line: pd.DataFrame, axes: tuple, look: dict) -> None:
     """One label on a figure: faint points of its runs, and its line. axes: columns x, y, and x's divisor."""
@@ -142,20 +160,36 @@ def add_series(
         _add_label(fig, runs, smoothed(runs, metric, axis, smooth), (axis, metric, divisor), look)
     return fig
 
+# %% ../../nbs/30_plots/01_lines.ipynb #e1b7c3e8
+def reading_aid(table: pd.DataFrame, metric: str, window: int) -> str:
+    """How to read a curve, in words: what points and line are; seeds only where a label has several runs."""
+    logged = table.dropna(subset=[metric]) if metric in table else table
+    has_seeds = "run" in logged and logged.groupby("label")["run"].nunique().gt(1).any()
+    words = []
+    if has_seeds:
+        words.append("mean over seeds")
+    if window > 1:
+        words.append(f"rolling mean of {window}")
+    if not words:
+        return "points: as logged"
+    points = "every run as logged" if has_seeds else "as logged"
+    return f"points: {points} · line: {', '.join(words)}"
+
 # %% ../../nbs/30_plots/01_lines.ipynb #aae01d76
-def curve(runs: Runs, metric: str, axis: str, smooth: int | None, title: str) -> go.Figure:
+def curve(runs: Runs, metric: str, axis: str, smooth: int | None, title: str, note: str = "") -> go.Figure:
     """A metric against step or seconds: raw points of every run, and the mean over the runs of a label.
 
     smooth: points of the rolling mean, None for `default_window`. The y axis is that of `METRICS`.
+    note: added to the line under the title.
     """
     table = metrics_table(runs)
     points = 0
     if metric in table:
         points = table.dropna(subset=[metric]).groupby("label")["step"].nunique().max()
     window = smooth or default_window(int(points))
-    subtitle = "points: every run as logged · line: mean over seeds"
-    if window > 1:
-        subtitle += f", rolling mean of {window}"
+    subtitle = reading_aid(table, metric, window)
+    if note:
+        subtitle += f" · {note}"
     description = metric_of(metric)
     fig = base_figure(title, subtitle, y=description.axis, percent=description.is_share)
     fig.update_yaxes(hoverformat=description.format)

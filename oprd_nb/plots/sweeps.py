@@ -6,6 +6,7 @@
 __all__ = ['OPTIONS', 'style_of', 'sweep_figure', 'over_seeds', 'paired_gap', 'final_figure']
 
 # %% ../../nbs/30_plots/06_sweeps.ipynb #00000003
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -73,7 +74,8 @@ def sweep_figure(sweep: pd.DataFrame) -> go.Figure:
 def over_seeds(final: pd.DataFrame) -> pd.DataFrame:
     """One row per method, best first: method, learning_rate, seeds, before, accuracy, low, high.
 
-    final: one row per method and seed. The interval is that of the mean over seeds.
+    final: one row per method and seed. The interval is that of the mean over seeds, cut to 0 and 1;
+    NaN limits for one seed.
     """
     rows = []
     for name, of_method in final.groupby("method"):
@@ -85,8 +87,8 @@ def over_seeds(final: pd.DataFrame) -> pd.DataFrame:
                 "seeds": len(of_method),
                 "before": of_method["before"].mean(),
                 "accuracy": accuracy,
-                "low": low,
-                "high": high,
+                "low": float(np.clip(low, 0, 1)),
+                "high": float(np.clip(high, 0, 1)),
             }
         )
     return pd.DataFrame(rows).sort_values("accuracy", ascending=False, ignore_index=True)

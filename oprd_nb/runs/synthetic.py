@@ -77,6 +77,7 @@ def synthetic_metrics(method: str, seed: int = 0, steps: int = 200, layers: int 
             row[f"rep/cosine_layer_{layer}"] = cosine + 0.03 * (2 - layer) * (1 - done)
         if step % max(1, steps // 10) == 0:
             row["eval/avg@1"] = BEFORE + (shape.accuracy - BEFORE) * done + 0.015 * rng.normal()
+            row["eval/cosine_similarity"] = cosine + 0.002 * rng.normal()
             row["actor/entropy"] = 0.5 - 0.3 * done
             row["teacher/entropy"] = 0.18
             row["topk/overlap_ratio"] = 0.7 + 0.25 * done
@@ -151,6 +152,8 @@ def synthetic_run(
     }
     facts = {
         "synthetic": True,
+        "device": "a device that was made up",
+        "validation_problems": 100,
         "task": "arithmetic",
         "objective": [method],
         "versions": {"oprd_nb": "0.1.0", "torch": "2.13.0", "trl": "1.16.0"},
