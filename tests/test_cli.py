@@ -451,3 +451,26 @@ def test_bench_prints_and_stores(tmp_path, capsys):
     )
     assert "time_ratio" in capsys.readouterr().out and (tmp_path / "loss-path.json").exists()
     assert main(["bench", "magic"]) == 2
+
+
+def test_readmes_sequence_ends_in_a_whole_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = "--max_steps 2 --max_completion_length 40 --per_device_train_batch_size 8 --num_generations 1"
+    short += " --gradient_accumulation_steps 1 --bf16 False --use_cpu True --save_steps 2 --disable_tqdm True"
+    train = "train embedded/student embedded/teacher arithmetic --limit 16 --output_dir run --samples 1"
+    assert main([*train.split(), *short.split()]) == 0
+    said = capsys.readouterr().err
+    assert "no --test" in said
+    assert "no --validation" in said
+    # What is missing can still be added, model by model.
+    for model in ("embedded/student", "run", "embedded/teacher"):
+        evaluate = f"eval {model} --task arithmetic --limit 8 --samples 1 --max_new_tokens 40 --into run"
+        assert main(evaluate.split()) == 0
+    assert main(["report", "run", "--out", "page.html"]) == 0
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "The teacher answers" in page
+    assert page.count("<article data-spaced") == 8
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"avg@1", "before/avg@1", "teacher/avg@1", "seconds"} <= set(summary)
+    assert main("eval smollm2 --task arithmetic --into run".split()) == 2
+    assert "neither a checkpoint" in capsys.readouterr().err

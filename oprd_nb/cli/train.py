@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'ARGUMENTS', 'MethodArguments', 'ModelArguments', 'DataArguments', 'TrainArguments',
-           'check_methods', 'objective_of', 'bridge_of', 'training_prompts', 'teacher_of', 'sampler_of', 'accuracy_of',
-           'stage', 'load_pair', 'run']
+           'check_methods', 'objective_of', 'bridge_of', 'training_prompts', 'validation_problems', 'teacher_of',
+           'sampler_of', 'accuracy_of', 'stage', 'load_pair', 'missing_from_report', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import sys
@@ -13,6 +13,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
 from peft import LoraConfig
 from transformers.hf_argparser import HfArg
 
@@ -183,6 +184,14 @@ def training_prompts(args: TrainArguments) -> Task:
     test = load_task(args.test).test if args.test else None
     return Task(task.name, train=train, test=test)
 
+# %% ../../nbs/60_cli/04_train.ipynb #58594a63
+def validation_problems(args: TrainArguments) -> Dataset | None:
+    """The problems measured while training: the validation split of the set named, or its test split."""
+    if not args.validation:
+        return None
+    task = load_task(args.validation)
+    return task.test if task.validation is None else task.validation
+
 # %% ../../nbs/60_cli/04_train.ipynb #41bfdff6
 def teacher_of(args: TrainArguments, pair: ModelPair) -> Teacher:
     """The teacher of a run: a model of its own or the student's base.
@@ -260,7 +269,7 @@ def stage(
         sampler=sampler,
         # Stored responses answer the prompts of training only.
         eval_sampler=HFSampler(pair.student, pair.tokenizer) if args.replay else None,
-        eval_dataset=load_task(args.validation).test if args.validation else None,
+        eval_dataset=validation_problems(args),
     )
 
 # %% ../../nbs/60_cli/04_train.ipynb #915b73f7
@@ -278,6 +287,24 @@ def load_pair(args: TrainArguments) -> ModelPair:
     teacher_tokenizer = load_tokenizer(args.teacher_tokenizer or args.teacher)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, task)
 
+# %% ../../nbs/60_cli/04_train.ipynb #168bd888
+def missing_from_report(args: TrainArguments, config: OPRDConfig) -> list[str]:
+    """One line for each part that a report of this run will lack, and the setting that adds it."""
+    lines = []
+    if not args.test:
+        lines.append(
+            "no --test: the report of this run will have no accuracy, no answers and no teacher; "
+            "name a set of problems, as in --test aime24"
+        )
+    if not args.validation:
+        lines.append(
+            "no --validation: the report will have no curve of accuracy; name another set of problems, "
+            "with --eval_strategy steps"
+        )
+    elif str(getattr(config.eval_strategy, "value", config.eval_strategy)) == "no":
+        lines.append("--validation without --eval_strategy steps: nothing will be measured while training")
+    return lines
+
 # %% ../../nbs/60_cli/04_train.ipynb #6108cce5
 ARGUMENTS = (TrainArguments, OPRDConfig)
 
@@ -285,6 +312,8 @@ ARGUMENTS = (TrainArguments, OPRDConfig)
 def run(args: TrainArguments, config: OPRDConfig) -> None:
     """Distil into `--output_dir`; with `--then`, go on from there into `<output_dir>-then-<method>`."""
     check_methods(args)
+    for line in missing_from_report(args, config):
+        print(line, file=sys.stderr)
     config.resume_from_checkpoint = config.resume_from_checkpoint or args.resume or None
     if args.replay and config.logprob_tolerance is None:
         # The text is not the present student's, on purpose: the gap is logged and stops nothing.

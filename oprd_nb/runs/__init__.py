@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "tables": [
             "Runs",
             "accuracy_metric",
+            "add_to_summary",
             "as_runs",
             "layer_table",
             "metrics_table",
@@ -42,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ran_on_cpu",
             "require_columns",
             "set_scores",
+            "summary_entries",
             "summary_table",
             "teacher_accuracy",
         ],
@@ -61,4 +63,5 @@ if TYPE_CHECKING:
     from .tables import peak_memory as peak_memory, problem_scores as problem_scores
     from .tables import ran_on_cpu as ran_on_cpu, require_columns as require_columns
     from .tables import set_scores as set_scores, summary_table as summary_table
+    from .tables import add_to_summary as add_to_summary, summary_entries as summary_entries
     from .tables import teacher_accuracy as teacher_accuracy

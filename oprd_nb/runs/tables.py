@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Runs', 'NUMBERS', 'as_runs', 'require_columns', 'run_labels', 'metrics_table', 'layer_table', 'accuracy_metric',
-           'problem_scores', 'ran_on_cpu', 'peak_memory', 'final_metrics', 'summary_table', 'teacher_accuracy',
-           'set_scores', 'mu_table']
+           'problem_scores', 'ran_on_cpu', 'peak_memory', 'final_metrics', 'summary_table', 'summary_entries',
+           'add_to_summary', 'teacher_accuracy', 'set_scores', 'mu_table']
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000004
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .folder import METHODS, Run, method_style, read_run, summary_value
-from ..utils import bootstrap_interval, t_interval
+from .folder import METHODS, Run, RunPaths, method_style, read_run, summary_value
+from ..utils import bootstrap_interval, replacing, t_interval
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000011
 Runs = str | Path | Run | Sequence | pd.DataFrame
@@ -172,6 +173,33 @@ def summary_table(runs: Runs) -> pd.DataFrame:
     for (method, label), group in finals.groupby(["method", "label"], sort=False):
         rows.append({"method": method, "label": label} | _summary_row(group))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/22_runs/03_tables.ipynb #0f577700
+def summary_entries(name: str, metrics: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The entries of summary.json of one evaluation, "after", "before" or "teacher".
+
+    metrics: columns metric, value, low, high, as `Evaluation.summary` has them.
+    """
+    prefix = "" if name == "after" else f"{name}/"
+    entries = {}
+    for row in metrics.dropna().itertuples():
+        entries[f"{prefix}{row.metric}"] = {"value": row.value, "low": row.low, "high": row.high}
+    return entries
+
+# %% ../../nbs/22_runs/03_tables.ipynb #52097190
+def add_to_summary(folder: str | Path, name: str, metrics: pd.DataFrame) -> Path:
+    """Write an evaluation's numbers into a run's summary.json in place of the old ones; returns its path."""
+    path = RunPaths(folder).summary
+    summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    others = ("before/", "teacher/")
+    for key, entry in list(summary.items()):
+        is_after = isinstance(entry, dict) and not key.startswith(others)
+        if key.startswith(f"{name}/") or (name == "after" and is_after):
+            del summary[key]
+    summary |= summary_entries(name, metrics)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return path
 
 # %% ../../nbs/22_runs/03_tables.ipynb #e5319baa
 def teacher_accuracy(runs: Runs) -> dict[str, float]:

@@ -26,7 +26,7 @@ from ..objectives.representation import Representation
 from ..objectives.terms import Objective, as_objective
 from ..rollouts.samplers import HFSampler, Sampler
 from ..runs.folder import RunPaths, read_settings
-from ..runs.tables import peak_memory, ran_on_cpu
+from ..runs.tables import peak_memory, ran_on_cpu, summary_entries
 from ..teachers import Teacher
 from .config import OPRDConfig
 from .trainer import OPRDTrainer
@@ -75,10 +75,8 @@ def write_summary(folder: Path, results: dict[str, Evaluation], seconds: float, 
     """Write `summary.json` of a run folder from its evaluations and its metrics; returns its path."""
     paths = RunPaths(folder)
     summary: dict[str, Any] = {}
-    for name, prefix in (("after", ""), ("before", "before/"), ("teacher", "teacher/")):
-        if name in results:
-            for row in results[name].summary.dropna().itertuples():
-                summary[f"{prefix}{row.metric}"] = {"value": row.value, "low": row.low, "high": row.high}
+    for name, result in results.items():
+        summary |= summary_entries(name, result.summary)
     summary |= {"seconds": seconds, "steps": steps}
     peaks = [line.get("memory/delta_peak", math.nan) for line in read_jsonl(paths.metrics)]
     peak = peak_memory(peaks, ran_on_cpu(*read_settings(folder)))
@@ -137,6 +135,7 @@ class Measurement:
             temperature=args.eval_temperature,
             max_new_tokens=args.max_completion_length,
             seed=args.seed,
+            name=self.trainer.run_folder.about.get("task"),
             path=RunPaths(args.output_dir).eval(when) if is_main else None,
             progress=is_main and not args.disable_tqdm,
             weights=weights,
