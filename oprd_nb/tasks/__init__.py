@@ -10,7 +10,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "problems": ["Task", "load_task", "arithmetic", "contamination"],
-        "grading": ["grade", "grade_all", "extract_answer"],
+        "answers": ["extract_answer", "answer_kind", "count_answers"],
+        "grading": ["grade", "grade_all", "grader", "same_answer"],
         "words": ["word_problems"],
     },
 )
@@ -22,5 +23,15 @@ if TYPE_CHECKING:
         arithmetic as arithmetic,
         contamination as contamination,
     )
-    from .grading import grade as grade, grade_all as grade_all, extract_answer as extract_answer
+    from .answers import (
+        extract_answer as extract_answer,
+        answer_kind as answer_kind,
+        count_answers as count_answers,
+    )
+    from .grading import (
+        grade as grade,
+        grade_all as grade_all,
+        grader as grader,
+        same_answer as same_answer,
+    )
     from .words import word_problems as word_problems
