@@ -22,10 +22,8 @@ def split_thinking(response: str) -> tuple[str, str]:
     inside = False
     for tag in _THINKING.finditer(response):
         closes = tag[1] == "/"
-        if closes and not inside:
-            # The prompt opened the thinking, so all that was said until here belongs to it.
-            outside.clear()
-        elif not closes and not inside:
+        # What stands before a closing tag is thinking, also where the prompt wrote the opening tag.
+        if not closes and not inside:
             outside.append(response[position : tag.start()])
         if closes or not inside:
             position = tag.end()

@@ -8,8 +8,8 @@ __all__ = ['Verdict', 'Same', 'Unit', 'blank', 'all_of', 'top_level', 'read_choi
            'without_name', 'is_closed', 'read_bracketed', 'read_list', 'any_order', 'kinds_verdict', 'lists_verdict',
            'list_verdict', 'Statement', 'read_statement', 'quantifiers_verdict', 'statement_verdict', 'name_verdict',
            'residue_verdict', 'unit_name', 'read_unit', 'Quantity', 'read_quantity', 'read_trailing', 'as_plain_number',
-           'quantity_verdict', 'ratio_verdict', 'leftover_words', 'differ_in_case', 'is_list', 'separate_groups',
-           'normalized_pair', 'compare', 'quick_verdict']
+           'quantity_verdict', 'ratio_verdict', 'leftover_words', 'marks_of', 'differ_in_case', 'is_list',
+           'separate_groups', 'normalized_pair', 'compare', 'quick_verdict']
 
 # %% ../../nbs/03_tasks/05_comparing.ipynb #d659d7a6
 import re
@@ -506,9 +506,9 @@ class Quantity:
 def read_quantity(answer: str) -> Quantity:
     """An answer without its unit. Words that change the number stay."""
     if percent := _PERCENT.fullmatch(answer):
-        return Quantity(percent[1], "%")
+        return Quantity(percent[1], "%", {"share": 1})
     if degrees := _DEGREES.fullmatch(answer):
-        return Quantity(degrees[1], "°")
+        return Quantity(degrees[1], "°", {"angle": 1})
     if money := _MONEY.fullmatch(answer):
         return Quantity(money[1] + money[2].strip(), "dollar", {"money": 1})
     if ordinal := _ORDINAL.fullmatch(answer):
@@ -547,8 +547,6 @@ def quantity_verdict(given: str, answer: str, same: Same) -> Verdict:
             return False
         if a.size != b.size and a.size and b.size:
             return same_number(f"({a.core})*({a.size})", f"({b.core})*({b.size})")
-    if {a.text, b.text} == {"%", "°"}:
-        return False
     verdict = same(a.core, b.core)
     if verdict is True or a.text == b.text or not {a.text, b.text} & set(_SCALES):
         return verdict
@@ -582,6 +580,13 @@ def leftover_words(answer: str) -> set[str]:
     return set(re.findall("[a-z]{2,}", texts.lower()) + re.findall(r"\b[a-z]{4,}\b", bare.lower()))
 
 
+def marks_of(answer: str) -> set[str]:
+    """The marks on letters, such as primes, hats and bars."""
+    return set(
+        re.findall(r"'|\\(?:hat|bar|vec|tilde|dot|overline|widehat|overrightarrow)(?![A-Za-z])", answer)
+    )
+
+# %% ../../nbs/03_tasks/05_comparing.ipynb #bab59c2e
 def differ_in_case(given: str, answer: str) -> bool:
     """Whether two expressions have the same letters, but some as capitals in one and small in the other."""
     a, b = (set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) for text in (given, answer))
@@ -645,7 +650,7 @@ def compare(given: str, answer: str, leaf: Same, depth: int = 0) -> Verdict:
     verdict = same_number(a, b)
     if verdict is not None:
         return verdict
-    if leftover_words(a) != leftover_words(b) or differ_in_case(a, b):
+    if leftover_words(a) != leftover_words(b) or marks_of(a) != marks_of(b) or differ_in_case(a, b):
         return False
     return leaf(a, b)
 

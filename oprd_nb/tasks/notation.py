@@ -94,6 +94,8 @@ _NAMES = compiled(
         r"\\leq(?:slant)?$END|<=": r"\\le ",
         r"\\geq(?:slant)?$END|>=": r"\\ge ",
         r"\\neq$END|!=": r"\\ne ",
+        r"\\lg$END": r"\\log_{10} ",
+        r"\^\s*(?:\{\s*\\prime\s*\}|\\prime$END)|[’′]": "'",
         r"\\lt$END": "<",
         r"\\gt$END": ">",
         r"\\(?:dots[cbmio]?|cdots)$END|\.\.\.+": r"\\ldots ",
