@@ -57,7 +57,7 @@ def seconds(time: int, rounds: int) -> dict[str, float]:
 
 def ways_of(time: int):
     if "model" not in _LOADED:
-        _LOADED["model"] = load_model("smollm2", dtype=torch.bfloat16)
+        _LOADED["model"] = load_model("smollm2", dtype=torch.bfloat16, device="cpu")
     return ways(_LOADED["model"], time)
 
 

@@ -99,6 +99,8 @@ def main() -> None:
             args.model,
             LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"),
             dtype="bfloat16",
+            device="cpu",
+            train=True,
         ),
         load_tokenizer(args.model),
     )

@@ -116,7 +116,7 @@ def test_set_seed():
 
 
 def test_load_model_and_tokenizer(pair):
-    begins_with(load_model, path=REQUIRED, lora=None, quantize=None, dtype="auto")
+    begins_with(load_model, path=REQUIRED, lora=None, quantize=None, dtype="auto", device="auto", train=False)
     assert list(arguments_of(load_tokenizer))[0] == "path"
     assert load_tokenizer("embedded/student").padding_side == "left"
     with pytest.raises(ValueError, match="quantize"):

@@ -15,6 +15,7 @@ from ..bridge.fitting import check_fit_settings, fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
 from ..models.loading import load_model, load_tokenizer
+from ..models.placement import placement_line
 from ..plots.bridge_page import save_bridge_folder, sentence
 from ..tasks.problems import load_task
 from ..teachers import Teacher
@@ -53,6 +54,7 @@ class BridgeArguments:
     max_new_tokens: int = HfArg(default=2048, help="Tokens per response, at most.")
     out: str = HfArg(default="runs/bridge", help="Folder for the bridge, its scores and report.html.")
     dtype: str = HfArg(default="auto", help="Precision in which both models are loaded.")
+    device: str = HfArg(default="auto", help="auto (an accelerator if there is one), cpu, cuda:1 or split.")
     seed: int = HfArg(default=0, help="Seed of the rollouts.")
 
     def __post_init__(self) -> None:
@@ -71,9 +73,11 @@ def make_bridge(args: BridgeArguments) -> Bridge | ReadoutBridge:
     """
     default_set = "arithmetic" if args.student.startswith("embedded/") else "dapo"
     prompts = load_task(args.prompts or default_set).problems["prompt"][: args.limit or None]
-    student = load_model(args.student, dtype=args.dtype)
+    student = load_model(args.student, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.student)
-    teacher = Teacher(load_model(args.teacher, dtype=args.dtype), load_tokenizer(args.teacher))
+    teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
+    teacher = Teacher(teacher_model, load_tokenizer(args.teacher))
+    print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
     bridge = fit_from_prompts(
         student,
         teacher,

@@ -16,7 +16,8 @@ from transformers.hf_argparser import HfArg
 
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import chosen_device, load_model, load_tokenizer
+from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..runs.folder import Run, RunPaths, read_run
@@ -47,6 +48,7 @@ class EvalArguments:
     out: str = HfArg(default="runs/eval", help="Folder for one parquet per model.")
     sampler: str = HfArg(default="transformers", help="What samples: transformers or vllm.")
     dtype: str = HfArg(default="auto", help="Precision in which the models are loaded.")
+    device: str = HfArg(default="auto", help="auto (an accelerator if there is one), cpu, cuda:1 or split.")
     seed: int = HfArg(default=0, help="Seed of the sampling.")
 
 # %% ../../nbs/60_cli/06_eval.ipynb #10fc5a3e
@@ -75,9 +77,15 @@ def problems_of(args: EvalArguments) -> Task:
 def open_sampler(
     args: EvalArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Sampler]:
-    """A sampler for a model; an engine is closed at the end of the block."""
+    """A sampler for a model, which is on its device within the block; an engine is closed at its end."""
     if args.sampler == "transformers":
+        if args.device != "split":
+            model = model.to(chosen_device(args.device))
+        print(placement_line({"model": model}, device=args.device))
         yield HFSampler(model, tokenizer, batch_size=args.batch_size)
+        if args.device != "split":
+            # The next model needs the memory.
+            model.to("cpu")
         return
     engine = VLLMSampler(model, tokenizer)
     try:
@@ -122,8 +130,11 @@ def evaluate_models(args: EvalArguments) -> tuple[str, dict[str, Evaluation]]:
     task = problems_of(args)
     paths = sample_paths(args, task.name)
     folders = {name: model_folder(name) for name in args.models}
+    # All are loaded before the first one writes; an engine reads its weights from a copy on the CPU.
+    device = "split" if args.device == "split" and args.sampler == "transformers" else "cpu"
     loaded = {
-        name: (load_model(path, dtype=args.dtype), load_tokenizer(path)) for name, path in folders.items()
+        name: (load_model(path, dtype=args.dtype, device=device), load_tokenizer(path))
+        for name, path in folders.items()
     }
     results = {}
     for name, (model, tokenizer) in loaded.items():

@@ -15,6 +15,7 @@ from .arguments import PairArguments
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
 from ..models.loading import load_model, load_tokenizer
+from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler
 from ..tasks.problems import load_task
 from ..teachers import Teacher
@@ -31,6 +32,7 @@ class ProbeArguments(PairArguments):
     layers: str = HfArg(default="all", help="Student layers: all, last, even, odd or 1,5,28.")
     positions: str = HfArg(default="all", help="Response tokens: all, last, last:2000, first:50, last:30%%.")
     dtype: str = HfArg(default="auto", help="Precision in which both models are loaded.")
+    device: str = HfArg(default="auto", help="auto (an accelerator if there is one), cpu, cuda:1 or split.")
     seed: int = HfArg(default=0, help="Seed of the rollouts and of the split.")
 
 # %% ../../nbs/60_cli/02_probe.ipynb #f51d3701
@@ -41,10 +43,12 @@ def probe_pair(args: ProbeArguments) -> PairReport:
     """
     Positions(args.positions)
     prompts = load_task(args.prompts).problems["prompt"][: args.limit or None]
-    student = load_model(args.student, dtype=args.dtype)
+    student = load_model(args.student, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.student)
     Layers(args.layers).of(num_layers_of(student))
-    teacher = Teacher(load_model(args.teacher, dtype=args.dtype), load_tokenizer(args.teacher))
+    teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
+    teacher = Teacher(teacher_model, load_tokenizer(args.teacher))
+    print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
     rollouts = HFSampler(student, tokenizer).sample(
         prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'ARGUMENTS', 'MethodArguments', 'ModelArguments', 'DataArguments', 'TrainArguments',
            'check_methods', 'objective_of', 'bridge_of', 'training_prompts', 'validation_problems', 'teacher_of',
-           'sampler_of', 'accuracy_of', 'stage', 'load_pair', 'missing_from_report', 'run']
+           'sampler_of', 'accuracy_of', 'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import sys
@@ -28,6 +28,7 @@ from ..evaluation.sampling import Evaluation
 from ..explore.scores import save_token_scores
 from ..models.loading import load_model, load_tokenizer
 from ..models.pairs import ModelPair
+from ..models.placement import placement_line
 from ..objectives.representation import Representation
 from ..objectives.terms import Objective, as_objective
 from ..rollouts.samplers import HFSampler, ReplaySampler, Sampler
@@ -74,7 +75,10 @@ class ModelArguments:
     teacher_tokenizer: str = HfArg(default="", help="Likewise for the teacher.")
     lora: int = HfArg(default=0, help="Rank of LoRA adapters on all linear layers; 0 trains all weights.")
     quantize: str = HfArg(default="", help="Student's frozen weights in nf4 or int8 (with --lora).")
-    dtype: str = HfArg(default="auto", help="Precision in which both models are loaded.")
+    dtype: str = HfArg(default="auto", help="Precision of what is frozen; what is trained is in float32.")
+    teacher_device: str = HfArg(
+        default="auto", help="auto (where the student is trained), cpu, cuda:1 or split (over all cards)."
+    )
     teacher_prompt: str = HfArg(
         default="",
         help="What the teacher is asked in place of a prompt's last message, which it may quote as {}.",
@@ -273,17 +277,20 @@ def stage(
     )
 
 # %% ../../nbs/60_cli/04_train.ipynb #915b73f7
-def load_pair(args: TrainArguments) -> ModelPair:
+def load_pair(args: TrainArguments, config: OPRDConfig) -> ModelPair:
     """Both models, their tokenizers and the task of a run."""
     task = training_prompts(args)
     lora = None
     if args.lora:
         lora = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
-    student = load_model(args.student, lora, args.quantize or None, args.dtype)
+    student = load_model(
+        args.student, lora, args.quantize or None, args.dtype, str(config.device), train=True
+    )
     tokenizer = load_tokenizer(args.student_tokenizer or args.student)
     if args.teacher == "base":
         return ModelPair(student, student, tokenizer, tokenizer, task)
-    teacher = load_model(args.teacher, dtype=args.dtype)
+    where = str(config.device) if args.teacher_device == "auto" else args.teacher_device
+    teacher = load_model(args.teacher, dtype=args.dtype, device=where)
     teacher_tokenizer = load_tokenizer(args.teacher_tokenizer or args.teacher)
     return ModelPair(student, teacher, tokenizer, teacher_tokenizer, task)
 
@@ -305,6 +312,22 @@ def missing_from_report(args: TrainArguments, config: OPRDConfig) -> list[str]:
         lines.append("--validation without --eval_strategy steps: nothing will be measured while training")
     return lines
 
+# %% ../../nbs/60_cli/04_train.ipynb #f569363f
+def placement_of_run(args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> str:
+    """One line: where both models of a run are, what is trained, and the memory that a step takes."""
+    models = {"student": pair.student}
+    if pair.teacher is not pair.student:
+        models["teacher"] = pair.teacher.requires_grad_(False)
+    responses = config.per_device_train_batch_size
+    return placement_line(
+        models,
+        trained="student",
+        device=None if args.teacher_device == "auto" else args.teacher_device,
+        tokens=config.token_budget or responses * config.max_completion_length,
+        sampled=responses * config.gradient_accumulation_steps * config.max_completion_length,
+        checkpointing=config.gradient_checkpointing,
+    )
+
 # %% ../../nbs/60_cli/04_train.ipynb #6108cce5
 ARGUMENTS = (TrainArguments, OPRDConfig)
 
@@ -319,7 +342,8 @@ def run(args: TrainArguments, config: OPRDConfig) -> None:
         # The text is not the present student's, on purpose: the gap is logged and stops nothing.
         config.logprob_tolerance = float("inf")
     set_seed(config.seed)
-    pair = load_pair(args)
+    pair = load_pair(args, config)
+    print(placement_of_run(args, config, pair))
     trainable = [parameter for parameter in pair.student.parameters() if parameter.requires_grad]
     sampler = sampler_of(args, pair)
     teacher = teacher_of(args, pair)

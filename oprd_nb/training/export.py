@@ -92,7 +92,7 @@ def export_model(
     if isinstance(source, str | Path):
         folder = model_folder(source)
         tokenizer = tokenizer or load_tokenizer(folder)
-        source = load_model(folder, dtype=dtype)
+        source = load_model(folder, dtype=dtype, device="cpu")
     elif tokenizer is None:
         raise ValueError("tokenizer=None: a model in memory comes without its tokenizer; give it")
     model = merged(source) if merge else source

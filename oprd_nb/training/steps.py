@@ -25,7 +25,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ..capture import Captured
 from ..core import Rollouts, set_seed
-from ..models.loading import check_tokenizer
+from ..models.loading import check_tokenizer, input_device
 from ..objectives.objective import Losses, check_vocabularies, loss_on_pairs
 from ..objectives.terms import Objective, Term, as_objective
 from ..pairing.positions import Pairs
@@ -71,7 +71,11 @@ class WrappedModels(DistillationTrainer):
             return None
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(self.teacher.model, self.accelerator)
-        return self.accelerator.prepare_model(self.teacher.model, evaluation_mode=True)
+        # A teacher on an accelerator, or split over several, stays where it was put.
+        unplaced = input_device(self.teacher.model).type == "cpu"
+        return self.accelerator.prepare_model(
+            self.teacher.model, device_placement=unplaced, evaluation_mode=True
+        )
 
     def _replace_callbacks(self) -> None:
         """Our run folder and our progress bar in place of the Trainer's printing."""
