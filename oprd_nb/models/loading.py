@@ -131,7 +131,7 @@ def device_map_of(
 # %% ../../nbs/05_models/01_loading.ipynb #2b445fda
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's `input_ids` must be: the device of its input embeddings."""
-    return cast(PreTrainedModel, model).get_input_embeddings().weight.device
+    return cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings()).weight.device
 
 # %% ../../nbs/05_models/01_loading.ipynb #cbb5b541
 def is_adapter_folder(path: str | Path) -> bool:
@@ -194,7 +194,10 @@ def load_whole_model(
             f"model={str(path)!r}: cannot be loaded ({first_line(error)}); "
             "give a model folder or a reachable hub id"
         ) from None
-    return model.eval() if target is None else model.eval().to(target)
+    model.eval()
+    if target is not None:
+        cast(nn.Module, model).to(target)
+    return model
 
 # %% ../../nbs/05_models/01_loading.ipynb #293f07f3
 def _load_adapted(
