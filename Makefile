@@ -22,10 +22,12 @@ test-slow: install-dev
 	$(BIN)nbdev_test --flags slow --n_workers 1 --do_print
 	$(BIN)python -m pytest -q tests --slow -m slow
 
-# Explorers, dashboard and report in a browser: needs Debian's chromium. BROWSER_TESTS picks some of them.
+# Explorers, dashboard and report in a browser: needs Debian's chromium. BROWSER_TESTS picks some of them;
+# OPENINGS: how often the explorers are opened on a page that is six times slower.
 BROWSER_TESTS ?= tests
+OPENINGS ?= 20
 test-browser: install-dev
-	$(BIN)python -m pytest -q --browser -m browser $(BROWSER_TESTS)
+	OPRD_OPENINGS=$(OPENINGS) $(BIN)python -m pytest -q --browser -m browser $(BROWSER_TESTS)
 
 # The site, from the notebooks with their saved pictures and the docstrings, into build/docs/html; then every link
 # is followed. Nothing is fetched.

@@ -41,6 +41,7 @@ def jupyterlab(folder: Path):
         f"--port={port}",
         "--ServerApp.port_retries=0",
         "--IdentityProvider.token=",
+        "--ServerApp.disable_check_xsrf=True",
         f"--ServerApp.root_dir={folder}",
         "--LabApp.news_url=",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",

@@ -1,5 +1,6 @@
 """Figures and explorers of layers and ranks: what they show, what they refuse, and a slider in a browser."""
 
+import json
 import re
 
 import numpy as np
@@ -18,7 +19,7 @@ from oprd_nb.explore.figures import (
     rank_figure,
     visible,
 )
-from oprd_nb.explore.layers import LayerExplorer, RankExplorer, redraw
+from oprd_nb.explore.layers import LayerExplorer, RankExplorer
 
 
 def token_table(responses=3, length=12, layers=(1, 2, 3, 7), seed=0):
@@ -93,7 +94,8 @@ def test_visible(text, shown):
 def test_layer_explorer_follows_its_controls_and_a_click():
     tokens = token_table()
     explorer = LayerExplorer(tokens)
-    assert explorer.response.value is None
+    # None would be shown as an empty menu.
+    assert (explorer.response.value, explorer.response.label) == ("all", "all")
     assert "mean" in explorer.map.layout.title.text
 
     explorer.response.value = 2
@@ -101,14 +103,41 @@ def test_layer_explorer_follows_its_controls_and_a_click():
     assert "response 2" in explorer.map.layout.title.text
     assert np.allclose(explorer.map.data[0].z[3], in_layer_7, atol=1e-6)
 
-    explorer._clicked(None, type("Points", (), {"ys": [3]}), None)
+    explorer.map._receive(explorer.map, {"kind": "click", "x": 0, "y": 3}, [])
     in_layer_3 = tokens.loc[tokens["response"] == 2, 3]
     assert explorer.layer.value == 3
     assert "Layer 3" in explorer.curve.layout.title.text
     assert np.allclose(explorer.curve.data[0].y, in_layer_3, atol=1e-6)
 
-    explorer.response.value = None
+    explorer.response.value = "all"
     assert len(explorer.map.data[0].x) == 12
+
+
+def test_colours_mean_the_same_in_every_response():
+    explorer = LayerExplorer(token_table())
+    scales = set()
+    for response in ("all", 0, 1, 2):
+        explorer.response.value = response
+        heat = explorer.map.data[0]
+        scales.add((heat.zmin, heat.zmax, *explorer.curve.layout.yaxis.range))
+    assert len(scales) == 1
+
+
+def test_a_panel_repeats_its_whole_state_to_a_view_that_appears():
+    explorer = LayerExplorer(token_table())
+    explorer.response.value = 2
+    sent = []
+    explorer.map.send_state = lambda *names: sent.append(json.loads(explorer.map.figure))
+    explorer.map._receive(explorer.map, {"kind": "ready"}, [])
+    assert "response 2" in sent[0]["layout"]["title"]["text"]
+    assert len(explorer.map.figure) < 100_000  # the plotting library is not part of it
+    assert explorer.map.library == explorer.curve.library
+
+
+def test_where_widgets_cannot_run_there_is_a_hint():
+    explorer = LayerExplorer(token_table())
+    assert "static figures" in explorer._repr_mimebundle_()["text/html"]
+    assert explorer.figure().data[0].type == "heatmap"
 
 
 def test_rank_explorer_equals_the_static_figure():
@@ -193,10 +222,10 @@ def test_refusals_are_one_line(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_redraw_refuses_another_kind_of_figure():
+def test_a_panel_refuses_another_kind_of_figure():
     explorer = RankExplorer(*rank_tables())
     with pytest.raises(ValueError):
-        redraw(explorer.figure, layer_map(token_table()))
+        explorer.figure.show(layer_map(token_table()))
 
 
 NOTEBOOK = [

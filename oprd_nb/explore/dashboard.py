@@ -17,7 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .layers import redraw
+from .panel import FigurePanel, WithHint
 from .watching import WatchedRun, all_figures, has_data, logged_name, run_dashes
 from ..plots.theme import TEMPLATE, format_percent, format_time
 
@@ -57,14 +57,14 @@ COLUMNS = ("", "Run", "Method", "Step", "Time", "Accuracy now", "Before → afte
 
 def state_html(runs: Sequence[WatchedRun], trouble: str = "") -> str:
     """The table above the curves, and below it `trouble`, if there is any."""
-    heading = "text-align:left;padding:2px 18px 2px 0;color:#666;font-weight:500"
+    heading = "text-align:left;padding:2px 18px 2px 0;color:var(--jp-ui-font-color2,#666);font-weight:500"
     rows = ["".join(f"<th style='{heading}'>{name}</th>" for name in COLUMNS)]
     for run, dash in zip(runs, run_dashes(runs), strict=True):
         texts = [run.folder.name, *state_cells(run)]
         cells = [swatch(run.style.colour, dash), *(escape(str(text)) for text in texts)]
         rows.append("".join(f"<td style='padding:2px 18px 2px 0'>{cell}</td>" for cell in cells))
     table = "".join(f"<tr>{row}</tr>" for row in rows)
-    note = f"<p style='color:#A33'>{escape(trouble)}</p>" if trouble else ""
+    note = f"<p style='color:var(--jp-error-color1,#A33)'>{escape(trouble)}</p>" if trouble else ""
     return f"<table style='font-size:13px;line-height:1.5'>{table}</table>{note}"
 
 # %% ../../nbs/31_explore/07_dashboard.ipynb #b7000006
@@ -99,7 +99,7 @@ def page_figure(figures: Sequence[go.Figure]) -> go.Figure:
     )
 
 # %% ../../nbs/31_explore/07_dashboard.ipynb #b7000008
-class DashboardPage(widgets.VBox):
+class DashboardPage(WithHint, widgets.VBox):
     """Table and panels of run folders. `figures` are the panels by name, `frames` the boxes around them."""
 
     def __init__(self, folders: str | Path | Sequence[str | Path]):
@@ -116,9 +116,11 @@ class DashboardPage(widgets.VBox):
             layout=widgets.Layout(width="260px"),
         )
         self.state = widgets.HTML(state_html(self.runs, self.trouble))
-        self.figures = {name: go.FigureWidget(fig) for name, fig in all_figures(self.runs).items()}
+        self.figures = {name: FigurePanel(fig) for name, fig in all_figures(self.runs).items()}
         self.frames = {name: widgets.Box([figure]) for name, figure in self.figures.items()}
         self._hide_empty()
+        for panel in self.figures.values():
+            panel.on_seen(self._send_again)
         wrapping = widgets.Layout(display="flex", flex_flow="row wrap")
         panels = widgets.Box(list(self.frames.values()), layout=wrapping)
         super().__init__([self.axis, self.state, panels])
@@ -147,9 +149,15 @@ class DashboardPage(widgets.VBox):
     def _draw(self) -> None:
         """Show what was read."""
         for name, figure in all_figures(self.runs, self.axis.value).items():
-            redraw(self.figures[name], figure, keep_zoom=True)
+            self.figures[name].show(figure, keep_zoom=True)
         self.state.value = state_html(self.runs, self.trouble)
         self._hide_empty()
+
+    def _send_again(self) -> None:
+        """Repeat what a page that was still loading may have missed."""
+        self.state.send_state()
+        for frame in self.frames.values():
+            frame.layout.send_state()
 
     def _hide_empty(self) -> None:
         """Show the panels that have data, and no others."""
