@@ -3,8 +3,11 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 from notebook_graph import NOTEBOOKS, ROOT, Modules, all_notebooks, in_reading_order
+
+from oprd_nb.plots.sweeps import over_seeds, style_of
 
 INDEX = NOTEBOOKS / "index.ipynb"
 LINK = re.compile(r"\]\(([^)#\s]+\.(?:ipynb|md|py))(?:#[^)]*)?\)")
@@ -57,3 +60,25 @@ def test_notebooks_named_in_prose_exist():
         known = there | {name.removeprefix(f"{folder}/") for name in there if folder}
         wrong += [f"{book.name}: {name}" for name in named if name.rstrip("/") not in known]
     assert not wrong
+
+
+def test_every_notebook_is_linked():
+    linked = set(LINK.findall(prose(INDEX)))
+    there = {str(book.name) for book in all_notebooks()} - {"index.ipynb"}
+    assert there <= linked
+
+
+def test_readme_s_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#\s]+)\)", (ROOT / "README.md").read_text())
+    assert len(targets) > 60
+    assert not [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+
+
+def test_readme_s_results_are_those_that_are_stored():
+    rows = over_seeds(pd.read_csv(ROOT / "nbs" / "results" / "same_final.csv"))
+    text = (ROOT / "README.md").read_text()
+    for row in rows.itertuples():
+        interval = f"{100 * row.low:.1f}–{100 * row.high:.1f}"
+        numbers = f"{row.learning_rate:g} | {row.accuracy:.1%} | {interval} |"
+        assert f"| {style_of(row.method).label} | {numbers}" in text
+    assert f"The student starts at {100 * rows['before'].mean():.1f} %" in text

@@ -118,10 +118,13 @@ def write_source(source: Path) -> None:
     for path in notebooks():
         page = page_of(path)
         if path.name == "index.ipynb":
+            for cell in page.cells:
+                if cell.cell_type == "markdown":
+                    cell.source = cell.source.replace("](../docs/", "](").replace("](../", "](")
             page.cells.append(nbformat.v4.new_markdown_cell(contents()))
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(page, source / path)
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     (source / "api").mkdir()
     for name in modules():
