@@ -89,14 +89,14 @@ def choice_verdict(given: str, answer: str, same: Same) -> Verdict:
         return same(given, b[1])
     return None
 
-# %% ../../nbs/03_tasks/05_comparing.ipynb #63990014
-_TIME = re.compile(r"([0-9]{1,2}):([0-9]{2}) *(?:([ap])\.? ?m\.?)", re.IGNORECASE)
+# %% ../../nbs/03_tasks/05_comparing.ipynb #8be5df3c
+_TIME = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))? *([ap])\.? ?m\.?", re.IGNORECASE)
 
 
 def time_of_day(answer: str) -> tuple[int, int, str] | None:
     """Hour, minute and half of the day ('a' or 'p'); None for other answers."""
     match = _TIME.fullmatch(without_text(answer))
-    return (int(match[1]), int(match[2]), match[3].lower()) if match else None
+    return (int(match[1]), int(match[2] or 0), match[3].lower()) if match else None
 
 # %% ../../nbs/03_tasks/05_comparing.ipynb #f4c7526f
 def word_verdict(given: str, answer: str, same: Same) -> Verdict:
@@ -116,7 +116,7 @@ _BASES = {name: base for base, name in enumerate(_BASE_NAMES.split(), start=2)}
 _WITH_BASE = re.compile(
     r"(?:\\text\{ *([0-9A-Za-z]+) *\}|\(? *([0-9][0-9A-Za-z]*) *\)?) *"
     r"(?:_ *\{? *(?:\\text\{)? *\(?(?:base *)?(\w+)\)? *\}{0,2}"
-    r"|\(?(?:\\text\{)? *(?:in *)?base *\}? *(\w+)\)?\}?)"
+    r"|\(?(?:\\text\{)? *\(?(?:in *)?base *\}? *(\w+)\)?\}?)"
 )
 
 # %% ../../nbs/03_tasks/05_comparing.ipynb #03bc9455
@@ -289,7 +289,7 @@ def kinds_verdict(a: Items, b: Items) -> Verdict:
     brackets = {a.kind, b.kind} - {"list", "set", "union"}
     if len(brackets) == 2 or (brackets - {"()"} and "list" in (a.kind, b.kind)):
         return False
-    if a.kind != b.kind and "union" in (a.kind, b.kind):
+    if "union" in (a.kind, b.kind) and not {a.kind, b.kind} <= {"list", "union"}:
         return None
     return not (brackets and "set" in (a.kind, b.kind))
 
@@ -312,7 +312,7 @@ def lists_verdict(a: Items, b: Items, same: Same) -> Verdict:
         return len(given) == len(answer) and all_of(same(*pair) for pair in zip(given, answer, strict=True))
     verdict = any_order(given, answer, same)
     # Unions of other pieces may be the same set.
-    return None if verdict is False and a.kind == "union" else verdict
+    return None if verdict is False and "union" in (a.kind, b.kind) else verdict
 
 # %% ../../nbs/03_tasks/05_comparing.ipynb #a30c856c
 _NO_VALUE = re.compile(r"[<>=]|\\(?:le|ge|ne|in|begin|mathbb|cup)(?![A-Za-z])")
@@ -336,11 +336,14 @@ def list_verdict(given: str, answer: str, same: Same) -> Verdict:
 # %% ../../nbs/03_tasks/05_comparing.ipynb #22d1a329
 _FOR_ALL = re.compile(r"(?i)\\?,? *(?:where|with)? *\bfor (?:all|any|every|each)\b")
 _EXISTS = re.compile(r"(?i)there (?:exists?|is|are)(?: an?\b| some\b)?")
-_PREFIX = re.compile(r"\\(forall|exists *!?|nexists) *(.+?) *(?:[,:.]|\\mid|such that|s\.t\.) *(.*)")
+_PREFIX = re.compile(
+    r"\\(forall|exists *!?|nexists) *((?:[A-Za-z] *, *(?=[A-Za-z] *(?:,|\\in)))*.+?)"
+    r" *(?:[,:.]|\\mid|such that|s\.t\.) *(.*)"
+)
 _SUFFIX = re.compile(r"(.+?) *,? *\\forall *(.*)")
 _DOMAIN = re.compile(r"(.+?) *[,;] *(?:where *|with *|for *)?(([A-Za-z]) *\\in *\\mathbb\{[A-Z]\}(?:\^\+)?)")
 _UNRESTRICTED = re.compile(
-    r"(?:(?:real|constants?|integers?|numbers?) *)*[A-Za-z](?: *, *[A-Za-z])*(?: *\\in *\\mathbb\{[RZQC]\})?"
+    r"(?:(?:real|constants?|integers?|numbers?) *)*[A-Za-z](?: *, *[A-Za-z])*(?: *\\in *\\mathbb\{[RZNQC]\})?"
 )
 _CONNECTIVE = re.compile(r"\\(?:forall|n?exists|neg|wedge|vee|implies|Rightarrow|iff|ldots)(?![A-Za-z])")
 
@@ -405,11 +408,14 @@ _ASSIGNED = re.compile(
 _RESIDUE = re.compile(r"(?:[A-Za-z] *\\equiv *)?([^\\]+?) *\\mod *(.+)")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|in|notin|subset)(?![A-Za-z])")
 
-# %% ../../nbs/03_tasks/05_comparing.ipynb #baece3e0
+# %% ../../nbs/03_tasks/05_comparing.ipynb #c739a8ca
+_REVERSED = re.compile(r"^([^=<>A-Za-z]*[0-9)}]) *= *([A-Za-z])$")
+
+
 def name_verdict(given: str, answer: str, same: Same) -> Verdict:
     """Answers behind a name and an equals sign."""
-    a = _ASSIGNED.fullmatch(given)
-    b = _ASSIGNED.fullmatch(answer)
+    a = _ASSIGNED.fullmatch(_REVERSED.sub(r"\2=\1", given))
+    b = _ASSIGNED.fullmatch(_REVERSED.sub(r"\2=\1", answer))
     if a and b and blank(a[1]) == blank(b[1]):
         return same(a[2], b[2])
     if a and not _RELATION.search(answer):
@@ -580,11 +586,12 @@ def leftover_words(answer: str) -> set[str]:
     return set(re.findall("[a-z]{2,}", texts.lower()) + re.findall(r"\b[a-z]{4,}\b", bare.lower()))
 
 
+_MARK = r"'|\^\{?(?:T|\\top|\\dagger)\}?|\\(?:hat|bar|vec|tilde|dot|overline|overrightarrow)(?![A-Za-z])"
+
+
 def marks_of(answer: str) -> set[str]:
-    """The marks on letters, such as primes, hats and bars."""
-    return set(
-        re.findall(r"'|\\(?:hat|bar|vec|tilde|dot|overline|widehat|overrightarrow)(?![A-Za-z])", answer)
-    )
+    """The marks on letters, such as primes, hats, bars and the T of a transpose."""
+    return set(re.findall(_MARK, answer.replace(" ", "")))
 
 # %% ../../nbs/03_tasks/05_comparing.ipynb #bab59c2e
 def differ_in_case(given: str, answer: str) -> bool:
@@ -632,8 +639,13 @@ _DEEPEST = 8
 def compare(given: str, answer: str, leaf: Same, depth: int = 0) -> Verdict:
     """Whether two answers agree; `leaf` decides about single expressions that are no exact numbers."""
 
+    open_parts = []
+
     def same(one: str, other: str) -> Verdict:
-        return compare(one, other, leaf, depth + 1)
+        verdict = compare(one, other, leaf, depth + 1)
+        if verdict is None:
+            open_parts.append(one)
+        return verdict
 
     a, b = normalized_pair(given, answer)
     if not a or not b or depth > _DEEPEST:
@@ -645,7 +657,8 @@ def compare(given: str, answer: str, leaf: Same, depth: int = 0) -> Verdict:
         return False
     for check in _CHECKS:
         verdict = check(a, b, same)
-        if verdict is not None:
+        # Where a part is open, so is the whole: the checks that follow do not know the parts.
+        if verdict is not None or open_parts:
             return verdict
     verdict = same_number(a, b)
     if verdict is not None:
