@@ -43,14 +43,15 @@ def shared_library() -> PlottingLibrary:
 LIBRARY_SCRIPT = """
 const pause = milliseconds => new Promise(done => setTimeout(done, milliseconds));
 async function sourceOf(model) {
-  for (;;) {
+  for (let attempt = 1; ; attempt++) {
     try {
       const library = await model.widget_manager.get_model(model.get('library'));
       const source = library.get('source');
       if (source && source.byteLength) return source;
     } catch (error) { /* it is not there yet */ }
-    model.send({kind: 'library'});
-    await pause(1000);
+    // A server drops messages beyond a megabyte per second, so the library is asked for again rarely.
+    if (attempt % 100 === 0) model.send({kind: 'library'});
+    await pause(200);
   }
 }
 async function evaluate(source) {
@@ -84,7 +85,8 @@ function render({model, el}) {
   const place = document.createElement('div');
   place.textContent = 'loading the figure …';
   el.append(place);
-  let drawn = false, ended = false, queue = Promise.resolve();
+  let drawn = false, ended = false, queue = Promise.resolve(), checks = [];
+  const check = () => model.send({kind: 'shows', count: model.get('count')});
   const show = async () => {
     const library = await plotly(model);
     if (ended) return;
@@ -95,16 +97,23 @@ function render({model, el}) {
       const {x, y, curveNumber} = event.points[0];
       model.send({kind: 'click', x, y, trace: curveNumber});
     });
+    if (!drawn) model.send({kind: 'ready'});
     drawn = true;
+    checks.forEach(clearTimeout);
+    checks = [1000, 4000, 12000].map(wait => setTimeout(check, wait));
   };
   const draw = () => { queue = queue.then(show).catch(error => { place.title = String(error); }); };
   model.on('change:figure', draw);
   const theme = new MutationObserver(draw);
   theme.observe(document.body, {attributeFilter: ['data-jp-theme-light', 'class']});
-  const ask = () => { if (!drawn) { model.send({kind: 'ready'}); draw(); } };
-  ask();
-  const again = setInterval(() => drawn ? clearInterval(again) : ask(), 2000);
-  return () => { ended = true; clearInterval(again); theme.disconnect(); model.off('change:figure', draw); };
+  check();
+  draw();
+  return () => {
+    ended = true;
+    checks.forEach(clearTimeout);
+    theme.disconnect();
+    model.off('change:figure', draw);
+  };
 }
 export default { render };
 """
@@ -118,6 +127,8 @@ class FigurePanel(anywidget.AnyWidget):
     figure = traitlets.Unicode().tag(sync=True)
     library = traitlets.Unicode().tag(sync=True)
     version = traitlets.Unicode().tag(sync=True)
+    count = traitlets.Int(0).tag(sync=True)
+    """How many figures were shown before the present one."""
 
     def __init__(self, fig: go.Figure):
         shared = shared_library()
@@ -146,7 +157,9 @@ class FigurePanel(anywidget.AnyWidget):
         if keep_zoom:
             fig.update_layout(uirevision="kept")
         self.fig = fig
-        self.figure = fig.to_json()
+        with self.hold_sync():
+            self.figure = fig.to_json()
+            self.count += 1
 
     def on_click(self, call: Callable[[dict], None]) -> None:
         """Call with x, y and the trace's number after each click on a point."""
@@ -163,8 +176,9 @@ class FigurePanel(anywidget.AnyWidget):
                 call(content)
         if content.get("kind") == "library":
             shared_library().send_state()
+        if content.get("kind") == "shows" and content.get("count") != self.count:
+            self.send_state(["figure", "count"])
         if content.get("kind") == "ready":
-            self.send_state()
             for call in self._seen:
                 call()
 
