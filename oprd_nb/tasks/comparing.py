@@ -650,8 +650,7 @@ def compare(given: str, answer: str, leaf: Same, depth: int = 0) -> Verdict:
     a, b = normalized_pair(given, answer)
     if not a or not b or depth > _DEEPEST:
         return False
-    base = read_base(a)
-    if blank(a) == blank(b) and (base is None or base[1] is not None):
+    if blank(a) == blank(b):
         return True
     if max(len(a), len(b)) > LONGEST:
         return False
