@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LayerKey', 'FINAL', 'backbone_of', 'blocks_of', 'num_layers_of', 'CapturedLayers', 'Captured', 'CapturedWithGrad',
            'flat_positions', 'position_ids_of', 'truncated_to', 'forward_hooks', 'ActivationBuffer', 'capture_frozen',
-           'capture_with_grad', 'capture_each', 'capture', 'at_least_float32', 'lm_head_of']
+           'capture_with_grad', 'capture_each', 'capture', 'at_least_float32', 'logit_scale_of', 'project',
+           'lm_head_of']
 
 # %% ../nbs/04_capture.ipynb #00000002
 import inspect
@@ -23,14 +24,18 @@ from torch.distributed.fsdp import FSDPModule
 
 # %% ../nbs/04_capture.ipynb #00000005
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The model without its LM head.
+    """The model without its LM head: of nested models, the innermost that has the decoder blocks.
 
     PEFT wrappers are opened; the adapters, which are parts of the blocks, stay in place.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    return inner.get_decoder() or inner.base_model
+    decoder: Any = inner.get_decoder() or inner.base_model
+    # Some families answer with the causal LM itself (Llama 4) or with its head (ModernBERT's decoder).
+    if getattr(decoder, "config", None) is None or decoder.get_output_embeddings() is not None:
+        decoder = getattr(inner, inner.base_model_prefix, None) or inner.model
+    return decoder
 
 # %% ../nbs/04_capture.ipynb #95a7a8e5
 def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -385,6 +390,23 @@ def _gather(head: nn.Module) -> None:
     if isinstance(head, FSDPModule):
         head.unshard()
 
+# %% ../nbs/04_capture.ipynb #9fb0d3cf
+def logit_scale_of(config: Any) -> float:
+    """What a family multiplies its logits by (1 for most); `config` is the text model's."""
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # HyperCLOVA X multiplies by what Granite divides by.
+    if config.model_type != "hyperclovax":
+        scaling = 1 / scaling
+    multiplier = getattr(config, "lm_head_multiplier", None) or 1.0
+    return scaling * multiplier * (getattr(config, "logit_scale", None) or 1.0)
+
+# %% ../nbs/04_capture.ipynb #7fad80f1
+def project(head: nn.Module, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
+    """The head's projection: of a plain linear layer by its weight, of any other (adapters) by calling it."""
+    if isinstance(head, nn.Linear):
+        return F.linear(hidden, head.weight, head.bias)
+    return head(hidden)
+
 # %% ../nbs/04_capture.ipynb #ab2f0d95
 def lm_head_of(model: nn.Module) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n vocabulary"]]:
     """The model's LM head as a function of final hidden states; logits are at least float32.
@@ -397,12 +419,18 @@ def lm_head_of(model: nn.Module) -> Callable[[Float[Tensor, "n d"]], Float[Tenso
         base = base.get_base_model()
     head: Any = base.get_output_embeddings()
     _gather(head)
+    # ModernBERT's decoder has a dense layer and a norm in front of its output embeddings.
+    before = getattr(base, "lm_head", None) if hasattr(base, "decoder") else None
+    before = None if before is head else before
     config = base.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
+    scale = logit_scale_of(config)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next((getattr(config, name) for name in caps if getattr(config, name, None)), None)
 
     def logits(hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
-        out = at_least_float32(F.linear(hidden, head.weight, head.bias)) * scale
+        if before is not None:
+            hidden = before(hidden)
+        out = at_least_float32(project(head, hidden)) * scale
         return cap * torch.tanh(out / cap) if cap else out
 
     return logits

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 from ..bridge.fitting import check_fit_settings, fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..plots.bridge_page import save_bridge_folder, sentence
 from ..tasks.problems import load_task
@@ -75,6 +75,7 @@ def make_bridge(args: BridgeArguments) -> Bridge | ReadoutBridge:
     prompts = load_task(args.prompts or default_set).problems["prompt"][: args.limit or None]
     student = load_model(args.student, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.student)
+    check_tokenizer(student, tokenizer, "student")
     teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
     teacher = Teacher(teacher_model, load_tokenizer(args.teacher))
     print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))

@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
-from ..models.loading import chosen_device, load_model, load_tokenizer
+from ..models.loading import check_tokenizer, chosen_device, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.vllm import VLLMSampler
@@ -136,6 +136,8 @@ def evaluate_models(args: EvalArguments) -> tuple[str, dict[str, Evaluation]]:
         name: (load_model(path, dtype=args.dtype, device=device), load_tokenizer(path))
         for name, path in folders.items()
     }
+    for name, (model, tokenizer) in loaded.items():
+        check_tokenizer(model, tokenizer, f"{name}'s")
     results = {}
     for name, (model, tokenizer) in loaded.items():
         with open_sampler(args, model, tokenizer) as sampler:

@@ -14,7 +14,7 @@ from ..capture import num_layers_of
 from .arguments import PairArguments
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler
 from ..tasks.problems import load_task
@@ -45,6 +45,7 @@ def probe_pair(args: ProbeArguments) -> PairReport:
     prompts = load_task(args.prompts).problems["prompt"][: args.limit or None]
     student = load_model(args.student, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.student)
+    check_tokenizer(student, tokenizer, "student")
     Layers(args.layers).of(num_layers_of(student))
     teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
     teacher = Teacher(teacher_model, load_tokenizer(args.teacher))
