@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,9 +15,11 @@ from oprd_nb.models.loading import EMBEDDED, is_adapter_folder, load_model
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.runs import add_to_summary, read_run, synthetic_run
 from oprd_nb.teachers import Teacher
+from oprd_nb.training.card import model_card
 from oprd_nb.training.checkpoints import checkpoints_of, write_manifest
-from oprd_nb.training.export import checkpoint_of, export_model, merged, model_folder
+from oprd_nb.training.export import checkpoint_of, export_model, merged, model_folder, run_of
 from oprd_nb.training.trainer import OPRDTrainer
 
 
@@ -61,6 +64,7 @@ def test_a_run_folder_becomes_a_model_with_the_same_answers(kind, same, tmp_path
         and model.generation_config.eos_token_id == embedded("same").student.generation_config.eos_token_id
     )
     assert {p.name for p in out.iterdir()} == {
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -170,3 +174,16 @@ def test_what_is_there_is_never_overwritten(same, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_model("embedded/student", tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "served"]
+
+
+def test_the_card_names_student_teacher_objective_numbers_kit_and_paper(tmp_path):
+    folder = synthetic_run(tmp_path / "run", steps=3, problems=4)
+    metrics = pd.DataFrame({"metric": ["avg@4"], "value": [0.875], "low": [0.8], "high": [1.0]})
+    add_to_summary(folder, "after", metrics)
+    card = model_card(read_run(folder))
+    for part in ("embedded/student", "embedded/teacher", "arithmetic", "oprd_nb", "arXiv:2606.06021"):
+        assert part in card
+    assert "| after training | Avg@4 | 87.5 | 80.0–100.0 |" in card
+    assert "None" not in card
+    assert run_of(folder / "checkpoint-3") == folder
+    assert run_of("embedded/student") is None

@@ -121,14 +121,13 @@ export default { render };
 
 # %% ../../nbs/31_explore/01b_panel.ipynb #534dab07
 class FigurePanel(anywidget.AnyWidget):
-    """A plotly figure as a widget: `fig` is what it shows, and its whole state."""
+    """A plotly figure as a widget: `fig` is what it shows, `count` how many it showed before."""
 
     _esm = LIBRARY_SCRIPT + PANEL_SCRIPT
     figure = traitlets.Unicode().tag(sync=True)
     library = traitlets.Unicode().tag(sync=True)
     version = traitlets.Unicode().tag(sync=True)
     count = traitlets.Int(0).tag(sync=True)
-    """How many figures were shown before the present one."""
 
     def __init__(self, fig: go.Figure):
         shared = shared_library()
@@ -150,8 +149,7 @@ class FigurePanel(anywidget.AnyWidget):
 
     def show(self, fig: go.Figure, keep_zoom: bool = False) -> None:
         """Show a figure in place of the present one. ValueError where it has other kinds of traces."""
-        kinds = [trace.type for trace in fig.data]
-        present = [trace.type for trace in self.fig.data]
+        kinds, present = ([trace.type for trace in figure.data] for figure in (fig, self.fig))
         if kinds != present:
             raise ValueError(f"fig: has traces {kinds}, and the panel shows {present}; make a new panel")
         if keep_zoom:

@@ -22,6 +22,8 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from ..evaluation.sampling import Evaluation, evaluate, stored_rollouts
 from ..objectives.representation import Representation
 from ..rollouts.samplers import HFSampler, Sampler
+from ..runs.folder import RunPaths
+from .card import write_card
 from oprd_nb.training.checkpoints import (
     checkpoint_problem,
     checkpoint_to_resume,
@@ -112,6 +114,12 @@ class EvaluationMixin(HeldOutMixin):
 # %% ../../nbs/23_training/07_trainer.ipynb #0000001a
 class CheckpointMixin(TrainerBase):
     """Checkpoints that are complete or recognised as incomplete, and resumption from complete ones."""
+
+    def create_model_card(self, *names: Any, **options: Any) -> None:
+        """The card of this run in place of TRL's, which knows neither teacher nor objective."""
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and RunPaths(folder).config.is_file():
+            write_card(folder, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """TRL's checkpoint, then its manifest, then the removal of older ones.
