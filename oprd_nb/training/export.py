@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.loading import load_model, load_tokenizer, locate_model
+from ..models.loading import check_tokenizer, load_model, load_tokenizer, locate_model
 from ..runs.folder import RunPaths, read_settings
 from .card import write_card
 from .checkpoints import checkpoint_problem, checkpoints_of, last_good_checkpoint
@@ -107,6 +107,7 @@ def export_model(
         source = load_model(folder, dtype=dtype, device="cpu")
     elif tokenizer is None:
         raise ValueError("tokenizer=None: a model in memory comes without its tokenizer; give it")
+    check_tokenizer(source, tokenizer, "model")
     model = merged(source) if merge else source
     unfinished = out.with_name(out.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
