@@ -75,8 +75,8 @@ def undocumented_data(name: str) -> str:
     text = ""
     for public in getattr(module, "__all__", []):
         value = getattr(module, public)
-        is_data = not callable(value) or not hasattr(value, "__module__")
-        if is_data and public not in documented:
+        is_defined_here = getattr(value, "__module__", None) == name and hasattr(value, "__qualname__")
+        if not is_defined_here and public not in documented:
             text += f"\n.. py:data:: {public}\n   :type: {type(value).__name__}\n"
     return text
 
