@@ -39,7 +39,7 @@ def _together(rng: random.Random) -> WordProblem:
     steps = f"{other} has {first} + {more} = {second}. In total there are {first} + {second} ="
     return WordProblem((first, more), text, steps, first + second)
 
-
+# %% ../../nbs/03_tasks/07_words.ipynb #15a500fb
 def _given_away(rng: random.Random) -> WordProblem:
     first = rng.randint(40, 80)
     given = rng.randint(5, 20)
@@ -50,7 +50,7 @@ def _given_away(rng: random.Random) -> WordProblem:
     steps = f"{one} kept {first} - {given} = {first - given}. Then {first - given} - {lost} ="
     return WordProblem((first, given, lost), text, steps, first - given - lost)
 
-
+# %% ../../nbs/03_tasks/07_words.ipynb #fa9fea57
 def _bags(rng: random.Random) -> WordProblem:
     bags = rng.randint(3, 9)
     each = rng.randint(3, 9)
@@ -61,7 +61,7 @@ def _bags(rng: random.Random) -> WordProblem:
     steps = f"The bags hold {bags} * {each} = {bags * each}. With the loose ones {bags * each} + {loose} ="
     return WordProblem((bags, each, loose), text, steps, bags * each + loose)
 
-
+# %% ../../nbs/03_tasks/07_words.ipynb #16a268f6
 def _change(rng: random.Random) -> WordProblem:
     count = rng.randint(3, 9)
     price = rng.randint(3, 9)
@@ -74,7 +74,7 @@ def _change(rng: random.Random) -> WordProblem:
     steps = f"The price is {count} * {price} = {count * price}. The change is {paid} - {count * price} ="
     return WordProblem((count, price, paid), text, steps, paid - count * price)
 
-
+# %% ../../nbs/03_tasks/07_words.ipynb #faf7f7a9
 KINDS: dict[str, Callable[[random.Random], WordProblem]] = {
     "together": _together,
     "given away": _given_away,
