@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RETURN_MEMORY', 'OKABE_ITO', 'replacing', 'append_jsonl', 'parse_json_line', 'read_jsonl', 't_interval',
            'welch_interval', 'bootstrap_interval', 'Ratio', 'cluster_bootstrap_ratio', 'Cost', 'measured',
-           'best_device', 'autocast_dtype', 'results_folder', 'small_png', 'notebook_defaults']
+           'best_device', 'autocast_dtype', 'looks_local', 'results_folder', 'small_png', 'notebook_defaults']
 
 # %% ../nbs/00_utils.ipynb #bbd87392
 import base64
@@ -69,7 +69,7 @@ def parse_json_line(line: str | bytes) -> dict | None:
     """The JSON object on one line; None where the line is not one whole JSON object."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 
@@ -272,6 +272,15 @@ def autocast_dtype(device: "torch.device | str") -> "torch.dtype | None":
     # A GPU without units for bfloat16 emulates it, which CUDA counts as support unless told otherwise.
     fast = supported(including_emulation=False) if kind == "cuda" else supported()
     return torch.bfloat16 if fast else None
+
+# %% ../nbs/00_utils.ipynb #de7691c6
+def looks_local(name: str | Path) -> bool:
+    """Whether a name means a path on this machine, existing or not, and no repository on the hub."""
+    text = str(name)
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text:
+        return True
+    parts = text.split("/")
+    return len(parts) > 2 or parts[0] == "runs" or (len(parts) == 2 and Path(parts[0]).is_dir())
 
 # %% ../nbs/00_utils.ipynb #1d0f69bf
 # The colour-blind safe palette of Okabe and Ito (2008), and a neutral grey; name to hex.

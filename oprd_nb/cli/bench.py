@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 from transformers.hf_argparser import HfArg
 
 from oprd_nb.bench import (
@@ -30,6 +29,8 @@ from oprd_nb.bench import (
     save_bench,
     summary,
 )
+from ..models.loading import chosen_device
+from ..runs.settings import check_choice
 
 # %% ../../nbs/60_cli/09_bench.ipynb #21b5c7b0
 KINDS = ("loss-path", "peaks", "bridge", "sampler", "ragged", "growth", "step")
@@ -68,12 +69,8 @@ class BenchArguments:
 
     def __post_init__(self):
         for name, known in (("what", KINDS), ("axis", AXES), ("dtype", ("", "bfloat16", "float32"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {list(known)}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds}: must be at least 1")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={self.device!r}: there is no GPU; use cpu")
+            check_choice(name, getattr(self, name), known)
+        chosen_device(self.device)
 
     @property
     def path(self) -> Path:

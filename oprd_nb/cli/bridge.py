@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from ..bridge.fitting import check_fit_settings, fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
+from .arguments import check_limits, check_placement
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..plots.bridge_page import save_bridge_folder, sentence
@@ -59,11 +60,7 @@ class BridgeArguments:
 
     def __post_init__(self) -> None:
         check_fit_settings(self.kind, rank_of(self.rank), self.positions)
-        if min(self.steps, self.max_new_tokens) < 1 or self.limit < 0:
-            raise ValueError(
-                f"steps={self.steps}, max_new_tokens={self.max_new_tokens}, limit={self.limit}: "
-                "the first two are at least 1, limit at least 0"
-            )
+        check_limits(self)
 
 # %% ../../nbs/60_cli/03_bridge.ipynb #6b300007
 def make_bridge(args: BridgeArguments) -> Bridge | ReadoutBridge:
@@ -71,6 +68,7 @@ def make_bridge(args: BridgeArguments) -> Bridge | ReadoutBridge:
 
     ValueError, one line, for a request that cannot be met; nothing is written then.
     """
+    check_placement(args.dtype, args.device)
     default_set = "arithmetic" if args.student.startswith("embedded/") else "dapo"
     prompts = load_task(args.prompts or default_set).problems["prompt"][: args.limit or None]
     student = load_model(args.student, dtype=args.dtype, device=args.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from .arguments import check_placement
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
 from ..models.loading import check_tokenizer, chosen_device, load_model, load_tokenizer
@@ -21,6 +22,7 @@ from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..runs.folder import Run, RunPaths, read_run
+from ..runs.settings import check_choice
 from ..runs.tables import add_to_summary
 from ..tasks.problems import Task, load_task
 from ..training.export import model_folder
@@ -60,8 +62,8 @@ def problems_of(args: EvalArguments) -> Task:
             f"task={args.task!r}: is a training set; "
             "evaluate on aime24, aime25, aimo, math500, arithmetic or a parquet"
         )
-    if args.sampler not in ("transformers", "vllm"):
-        raise ValueError(f"sampler={args.sampler!r}: use transformers or vllm")
+    check_choice("sampler", args.sampler, ("transformers", "vllm"))
+    check_placement(args.dtype, args.device)
     unknown = set(args.outside) - set(args.models)
     if unknown:
         raise ValueError(

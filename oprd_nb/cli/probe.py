@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from transformers.hf_argparser import HfArg
 
 from ..capture import num_layers_of
-from .arguments import PairArguments
+from .arguments import PairArguments, check_placement
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
@@ -42,6 +42,8 @@ def probe_pair(args: ProbeArguments) -> PairReport:
     ValueError, one line, for a request that cannot be met; nothing is written then.
     """
     Positions(args.positions)
+    Layers(args.layers)
+    check_placement(args.dtype, args.device)
     prompts = load_task(args.prompts).problems["prompt"][: args.limit or None]
     student = load_model(args.student, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.student)

@@ -21,7 +21,7 @@ from ..bridge.base import BRIDGE_FILE
 from ..bridge.fitting import fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge, load_bridge
-from .arguments import PairArguments
+from .arguments import PairArguments, check_placement
 from .bridge import rank_of
 from ..core import Rollouts, set_seed
 from ..evaluation.sampling import Evaluation
@@ -34,6 +34,7 @@ from ..objectives.terms import Objective, as_objective
 from ..rollouts.samplers import HFSampler, ReplaySampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..runs import method_style
+from ..runs.settings import check_choice
 from ..tasks.problems import Task, load_task
 from ..teachers import Teacher
 from ..training.config import OPRDConfig
@@ -115,12 +116,14 @@ class TrainArguments(DataArguments, ModelArguments, MethodArguments, PairArgumen
 # %% ../../nbs/60_cli/04_train.ipynb #68180e52
 def check_methods(args: TrainArguments) -> None:
     """ValueError for methods that do not exist or do not go together with the other settings."""
+    check_placement(args.dtype, args.teacher_device, "teacher_device")
+    check_choice("quantize", args.quantize, ("", "nf4", "int8"))
+    check_choice("sampler", args.sampler, ("trl", "vllm"))
     methods = {"method": args.method}
     if args.then:
         methods["then"] = args.then
     for name, method in methods.items():
-        if method not in METHODS and method not in BRIDGE_KINDS:
-            raise ValueError(f"{name}={method!r}: use one of {[*METHODS, *BRIDGE_KINDS]}")
+        check_choice(name, method, [*METHODS, *BRIDGE_KINDS])
     if args.mu and {"oprd", *BRIDGE_KINDS} & set(methods.values()):
         raise ValueError(
             f"mu={args.mu}: weights a term added to an output-space method; "
@@ -128,11 +131,16 @@ def check_methods(args: TrainArguments) -> None:
         )
     if args.bridge and not set(BRIDGE_KINDS) & set(methods.values()):
         raise ValueError(f"bridge={args.bridge!r}: only the methods {list(BRIDGE_KINDS)} read one")
+    if args.bridge:
+        load_bridge(args.bridge)
+    if args.replay:
+        Rollouts.load(args.replay)
     if args.teacher == "base" and not args.lora:
         raise ValueError(
             "teacher='base': a student without adapters has no base apart from itself; "
             "train with --lora, or name a model"
         )
+    rank_of(args.rank)
     Representation(args.layers, args.positions, args.distance or "normalized_mse")
 
 # %% ../../nbs/60_cli/04_train.ipynb #026caf32
@@ -218,10 +226,8 @@ def teacher_of(args: TrainArguments, pair: ModelPair) -> Teacher:
 def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
     """What samples the rollouts: stored ones, an engine in this process, or (None) TRL.
 
-    ValueError for another name, and for a sampler together with stored rollouts.
+    ValueError for a sampler together with stored rollouts.
     """
-    if args.sampler not in ("trl", "vllm"):
-        raise ValueError(f"sampler={args.sampler!r}: use trl or vllm")
     if args.replay and args.sampler != "trl":
         raise ValueError(f"sampler={args.sampler!r}: use trl or vllm, and no sampler with --replay")
     if args.replay:

@@ -39,7 +39,7 @@ from transformers import (
 
 from ..capture import backbone_of, blocks_of
 from .checks import check_finite, check_head, check_loading
-from ..utils import best_device
+from ..utils import best_device, looks_local
 
 # %% ../../nbs/05_models/01_loading.ipynb #a99b9d24
 def unpacked_smollm2() -> Path:
@@ -80,8 +80,7 @@ def locate_model(name: str | Path) -> str:
     if name == "smollm2":
         return str(unpacked_smollm2())
     if not name.startswith("embedded/"):
-        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if is_path and not Path(name).expanduser().exists():
+        if looks_local(name) and not Path(name).expanduser().exists():
             raise ValueError(f"model={name!r}: there is no such folder; give a model folder or a hub id")
         return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = EMBEDDED / name.removeprefix("embedded/")

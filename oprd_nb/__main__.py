@@ -1,0 +1,8 @@
+"""`python -m oprd_nb` is the command `oprd`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
