@@ -78,14 +78,6 @@ def test_bad_settings(options, message, same):
         HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:1], **options)
 
 
-def test_no_prompts_and_no_template(same):
-    with pytest.raises(ValueError, match="prompts is empty"):
-        encode_prompts(same.tokenizer, [])
-    same.tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        encode_prompts(same.tokenizer, same.task.test["prompt"][:1])
-
-
 @pytest.mark.parametrize("temperature", [0, 0.5, 1.0])
 @pytest.mark.parametrize("n", [1, 3])
 def test_recorded_log_probabilities_are_those_of_the_weights(same, temperature, n):

@@ -9,14 +9,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "prompts": ["encode_prompts"],
+        "prompts": ["PromptFormat", "encode_prompts"],
         "samplers": ["Sampler", "HFSampler", "ReplaySampler", "logprob_gap", "response_log_probs"],
         "vllm": ["VLLMSampler"],
     },
 )
 
 if TYPE_CHECKING:
-    from .prompts import encode_prompts as encode_prompts
+    from .prompts import PromptFormat as PromptFormat, encode_prompts as encode_prompts
     from .samplers import (
         Sampler as Sampler,
         HFSampler as HFSampler,
