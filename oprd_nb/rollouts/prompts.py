@@ -128,15 +128,15 @@ def _in_template(
 ) -> list[int]:
     """Token ids of the messages in the chat template. ValueError where it raises, drops or writes nothing."""
     spoken = [message for message in messages if message["role"] != "system"]
+    has_system = len(spoken) < len(messages)
+    ids: list[int] | None = None
     try:
         ids = _filled(tokenizer, messages, chosen)
-        ignored = len(spoken) < len(messages) and ids == _filled(tokenizer, spoken, chosen)
     except ValueError:
-        if len(spoken) == len(messages):
+        if not has_system:
             raise
-        _filled(tokenizer, spoken, chosen)  # raises, for another reason
-        ignored = True
-    if ignored:
+    # Without the system message: raises for another reason, or shows that it was the reason, or was left out.
+    if has_system and ids in (None, _filled(tokenizer, spoken, chosen)):
         raise ValueError(
             "has a system message, which the chat template refuses or leaves out; set fold_system "
             "(--fold_system) to put it into the user's first message"
