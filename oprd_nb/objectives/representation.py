@@ -30,7 +30,7 @@ class Projection(Protocol):
     """What `Representation` asks of a bridge: frozen maps of both models' hidden states into one space."""
 
     @property
-    def layer_pairs(self) -> Sequence[tuple[int, int]]:
+    def layer_pairs(self) -> Sequence[tuple[int, int | str]]:
         """(student layer, teacher layer), 1-based, that have maps."""
         ...
 
@@ -39,12 +39,12 @@ class Projection(Protocol):
         """Byte offsets at which the teacher's states can be mapped; (0,) is shared boundaries only."""
         ...
 
-    def project_student(self, layer: int, rows: Float[Tensor, "n d_student"]) -> Float[Tensor, "n d"]:
+    def project_student(self, layer: int, hidden: Float[Tensor, "n d_student"]) -> Float[Tensor, "n d"]:
         """Hidden states of the student's `layer`, its true layer id."""
         ...
 
     def project_teacher(
-        self, layer: int, rows: Float[Tensor, "n d_teacher"], offsets: Int[Tensor, "n"] | None = None
+        self, layer: int, hidden: Float[Tensor, "n d_teacher"], offsets: Int[Tensor, "n"] | None = None
     ) -> Float[Tensor, "n d"]:
         """The teacher's states paired with the student's `layer`, each by the map of its offset."""
         ...

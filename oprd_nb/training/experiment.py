@@ -136,7 +136,7 @@ class Measurement:
             max_new_tokens=args.max_completion_length,
             seed=args.seed,
             name=self.trainer.run_folder.about.get("task"),
-            path=RunPaths(args.output_dir).eval(when) if is_main else None,
+            path=RunPaths(args.folder).eval(when) if is_main else None,
             progress=is_main and not args.disable_tqdm,
             weights=weights,
         )
@@ -167,6 +167,8 @@ def distil(
     measure_teacher: let the teacher answer the same problems too, into `eval/teacher.parquet`.
     trainer_options: whatever else `OPRDTrainer` takes.
     """
+    if pair.task.train is None:
+        raise ValueError(f"task={pair.task.name!r}: it has no problems to train on, only a test set")
     trainer = OPRDTrainer(
         model=pair.student,
         teacher=teacher or Teacher(pair.teacher, pair.teacher_tokenizer),
@@ -178,7 +180,7 @@ def distil(
         about={"task": pair.task.name, "versions": versions()} | (about or {}),
         **trainer_options,
     )
-    folder = Path(args.output_dir)
+    folder = args.folder
     is_main = trainer.is_world_process_zero()
     if is_main and not args.resume_from_checkpoint:
         for name in ("eval", "tokens"):

@@ -112,7 +112,7 @@ def export_model(
     unfinished = out.with_name(out.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(str(unfinished))
         tokenizer.save_pretrained(unfinished)
         if run is not None:
             write_card(run, unfinished)

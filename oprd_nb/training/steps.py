@@ -8,7 +8,7 @@ __all__ = ['WrappedModels', 'TrainerBase', 'EpochSampler', 'rollouts_of', 'Promp
 
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
-from trl import DistillationTrainer
-from trl.models import prepare_deepspeed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ..capture import Captured
@@ -54,6 +54,10 @@ from ..utils import measured
 class WrappedModels(DistillationTrainer):
     """Student and teacher in the wrappers that accelerate gives them, and the callbacks of a run."""
 
+    args: OPRDConfig
+    model: PreTrainedModel
+    model_wrapped: nn.Module
+    teacher_model: nn.Module | None
     teacher: Teacher
     run_folder: RunFolder
 
@@ -102,7 +106,7 @@ class TrainerBase(WrappedModels):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel | PeftModel,
         teacher: Teacher,
         objective: Objective | Term,
         args: OPRDConfig,
@@ -126,7 +130,7 @@ class TrainerBase(WrappedModels):
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
         check_terms(self.objective, model, teacher, processing_class)
         bridge = bridge_of(self.objective)
-        check_writable(args.output_dir)
+        check_writable(args.folder)
         set_seed(args.seed)  # adapters are drawn at random
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
@@ -147,7 +151,7 @@ class TrainerBase(WrappedModels):
         self.step_metrics = StepMetrics()
         held_out = {} if eval_dataset is None else {"validation_problems": len(eval_dataset)}
         self.run_folder = RunFolder(
-            args.output_dir,
+            args.folder,
             {"method": method_and_label(self.objective)[0]} | settings_of(args) | (settings or {}),
             about_of(self.objective, args) | held_out | (about or {}),
             bridge,
@@ -165,9 +169,9 @@ class EpochSampler(RepeatSampler):
         super().__init__(**options)
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, Any, None]:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
+            self.generator.manual_seed((self.seed or 0) + self.epoch())
         yield from super().__iter__()
 
 # %% ../../nbs/23_training/06_steps.ipynb #00f7afbf
@@ -222,7 +226,7 @@ class SamplingMixin(PromptMixin):
             prompt_ids,
             n=1,
             temperature=self.temperature,
-            max_new_tokens=self.max_completion_length,
+            max_new_tokens=self.args.max_completion_length,
             seed=self._rollout_seed(),
         )
         if rollouts.log_probs is not None:
@@ -307,7 +311,7 @@ class LossMixin(TrainerBase):
         A teacher that is the student's base is asked through the student's wrapper.
         """
         started = time.perf_counter()
-        wrapper = self.model_wrapped if self.teacher.adapters_off else self.teacher_model
+        wrapper = self.model_wrapped if self.teacher_model is None else self.teacher_model
         if wrapper is self.teacher.model and not self.is_fsdp_enabled:
             states = ask()
         else:
@@ -391,6 +395,7 @@ class StepMixin(LogMixin):
         model.train()
         micro_batch = self._prepare_inputs(inputs)
         with measured(self.accelerator.device) as cost:
+            last: Any  # TRL says dict; this is a MicroBatch
             *early, last = micro_batch.parts(self.args.token_budget)
             losses = [self._pass_without_sync(model, part) for part in early]
             # TRL times its own step only; generation and the early parts belong to it.

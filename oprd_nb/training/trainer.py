@@ -46,7 +46,7 @@ class HeldOutMixin(TrainerBase):
 
     def _scores(self, result: Evaluation, prefix: str) -> dict[str, float]:
         """Accuracy, length and truncation of the graded responses."""
-        summary = result.summary.set_index("metric")["value"]
+        summary: dict[str, float] = dict(result.summary[["metric", "value"]].itertuples(index=False))
         names = (f"avg@{self.args.eval_samples}", "length/mean", "truncated")
         return {f"{prefix}_{name}": float(summary[name]) for name in names}
 
@@ -55,16 +55,15 @@ class EvaluationMixin(HeldOutMixin):
     """Accuracy on held-out problems in place of a loss."""
 
     def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Accuracy on held-out problems (`<prefix>_avg@k`), response length, and diagnostics of both models.
 
         The diagnostics of `02_diagnostics` are taken on one response to each of the first 64 problems.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"eval_dataset={dataset!r}: give held-out problems as a `datasets.Dataset`")
         student = self.accelerator.unwrap_model(self.model)
         was_training = student.training
         student.eval()
@@ -78,7 +77,7 @@ class EvaluationMixin(HeldOutMixin):
             progress=False,
         )
         metrics = self._scores(result, metric_key_prefix)
-        metrics |= self._diagnostics(student, result.samples, dataset["prompt"])
+        metrics |= self._diagnostics(student, result.samples, list(dataset["prompt"]))
         student.train(was_training)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -93,7 +92,7 @@ class EvaluationMixin(HeldOutMixin):
         also `rep/cosine_similarity`, with its layers, where no term of the objective logs that.
         """
         has_tokens = samples["token_ids"].map(len) > 0
-        first = samples[has_tokens & (samples["sample"] == 0)].head(64)
+        first = samples.loc[has_tokens & (samples["sample"] == 0)].head(64)
         if first.empty:
             return {}
         rollouts = stored_rollouts(first, prompts, self._tokenizer).to(self.accelerator.device)
@@ -117,7 +116,7 @@ class CheckpointMixin(TrainerBase):
 
     def create_model_card(self, *names: Any, **options: Any) -> None:
         """The card of this run in place of TRL's, which knows neither teacher nor objective."""
-        folder = Path(self.args.output_dir)
+        folder = self.args.folder
         if self.is_world_process_zero() and RunPaths(folder).config.is_file():
             write_card(folder, folder)
 
@@ -160,7 +159,7 @@ class CheckpointMixin(TrainerBase):
     def _load_best_model(self) -> None:
         """The Trainer's way of loading the best checkpoint, if it is complete. ValueError where it is not."""
         best = self.state.best_model_checkpoint
-        flaw = checkpoint_problem(best) if self.accelerator.is_main_process else None
+        flaw = checkpoint_problem(best) if best and self.accelerator.is_main_process else None
         if flaw:
             raise ValueError(
                 f"load_best_model_at_end=True: {best} cannot be loaded, {flaw}; "
@@ -172,20 +171,25 @@ class CheckpointMixin(TrainerBase):
 class ResumeMixin(TrainerBase):
     """Resumption from a complete checkpoint, or the error that says why there is none."""
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train; on resumption from a complete checkpoint only (see `checkpoint_to_resume`).
 
         ValueError for one that is not.
         """
         checkpoint = self._chosen_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **options)
+        return super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
 
     def _chosen_checkpoint(self, requested: str | Path | bool | None) -> Path | None:
         """The main process's choice, or its error, in every process."""
         choice: list[Path | ValueError | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                choice = [checkpoint_to_resume(self.args.output_dir, requested)]
+                choice = [checkpoint_to_resume(self.args.folder, requested)]
             except ValueError as error:
                 choice = [error]
         broadcast_object_list(choice)
