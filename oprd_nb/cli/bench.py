@@ -47,7 +47,7 @@ GROWTH = {
 class BenchArguments:
     """Measure what losses, bridges and samplers cost; nothing else should run at the same time."""
 
-    what: str = HfArg(help="loss-path, peaks, bridge, sampler, ragged, growth or step.")
+    what: str = HfArg(help="What is measured.", metadata={"choices": KINDS})
     rounds: int = HfArg(default=5, help="Interleaved rounds after warming up.")
     model: str = HfArg(
         default="embedded/student",
@@ -57,7 +57,7 @@ class BenchArguments:
         default="", help="Methods of loss-path, peaks and step, separated by commas; by default all."
     )
     axis: str = HfArg(
-        default="response", help="Along what growth is measured: response, k, layers or vocabulary."
+        default="response", help="Along what growth is measured.", metadata={"choices": tuple(AXES)}
     )
     device: str = HfArg(default="cpu", help="cpu or cuda; step on cuda has the paper's shape.")
     dtype: str = HfArg(

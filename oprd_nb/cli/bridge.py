@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg
 from ..bridge.fitting import check_fit_settings, fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
-from .arguments import check_limits, check_placement
+from .arguments import DTYPES, check_limits, check_placement
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..plots.bridge_page import save_bridge_folder, sentence
@@ -43,7 +43,9 @@ class BridgeArguments:
         "by default arithmetic for an embedded student, dapo for others.",
     )
     kind: str = HfArg(
-        default="pca", help="pca (the paper's bridge) or readout (through the student's own head)."
+        default="pca",
+        help="The paper's bridge, or one through the student's own head.",
+        metadata={"choices": ("pca", "readout")},
     )
     rank: str = HfArg(default="8", help="Components of the paper's bridge, or auto.")
     layers: str = HfArg(default="all", help="Its student layers: all, last, even, odd or 1,5,28.")
@@ -52,9 +54,11 @@ class BridgeArguments:
     )
     steps: int = HfArg(default=400, help="Optimizer steps of a readout's fit.")
     limit: int = HfArg(default=2000, help="Use only the first so many prompts; 0 is all.")
-    max_new_tokens: int = HfArg(default=2048, help="Tokens per response, at most.")
+    max_new_tokens: int = HfArg(default=1024, help="Tokens per response, at most.")
     out: str = HfArg(default="runs/bridge", help="Folder for the bridge, its scores and report.html.")
-    dtype: str = HfArg(default="auto", help="Precision in which both models are loaded.")
+    dtype: str = HfArg(
+        default="auto", help="Precision in which both models are loaded.", metadata={"choices": DTYPES}
+    )
     device: str = HfArg(default="auto", help="auto (an accelerator if there is one), cpu, cuda:1 or split.")
     seed: int = HfArg(default=0, help="Seed of the rollouts.")
 

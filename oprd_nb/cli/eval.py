@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from .arguments import check_placement
+from .arguments import DTYPES, check_placement
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
 from ..models.loading import check_tokenizer, chosen_device, load_model, load_tokenizer
@@ -22,7 +22,6 @@ from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..runs.folder import Run, RunPaths, read_run
-from ..runs.settings import check_choice
 from ..runs.tables import add_to_summary
 from ..tasks.problems import Task, load_task
 from ..training.export import model_folder
@@ -36,7 +35,7 @@ class EvalArguments:
     task: str = HfArg(help="aime24, aime25, aimo, math500, arithmetic or a parquet.")
     samples: int = HfArg(default=16, help="Responses per problem (k of Avg@k).")
     temperature: float = HfArg(default=0.7, help="Sampling temperature; 0 is greedy.")
-    max_new_tokens: int = HfArg(default=16384, help="Tokens per response, at most.")
+    max_new_tokens: int = HfArg(default=1024, help="Tokens per response, at most.")
     into: str = HfArg(
         default="",
         help="Run folder that the evaluation belongs to: its student before or after, or its teacher.",
@@ -48,8 +47,12 @@ class EvalArguments:
     limit: int = HfArg(default=0, help="Only the first so many problems; 0 is all.")
     batch_size: int = HfArg(default=64, help="Responses sampled at the same time.")
     out: str = HfArg(default="runs/eval", help="Folder for one parquet per model.")
-    sampler: str = HfArg(default="transformers", help="What samples: transformers or vllm.")
-    dtype: str = HfArg(default="auto", help="Precision in which the models are loaded.")
+    sampler: str = HfArg(
+        default="transformers", help="What samples.", metadata={"choices": ("transformers", "vllm")}
+    )
+    dtype: str = HfArg(
+        default="auto", help="Precision in which the models are loaded.", metadata={"choices": DTYPES}
+    )
     device: str = HfArg(default="auto", help="auto (an accelerator if there is one), cpu, cuda:1 or split.")
     seed: int = HfArg(default=0, help="Seed of the sampling.")
 
@@ -62,7 +65,6 @@ def problems_of(args: EvalArguments) -> Task:
             f"task={args.task!r}: is a training set; "
             "evaluate on aime24, aime25, aimo, math500, arithmetic or a parquet"
         )
-    check_choice("sampler", args.sampler, ("transformers", "vllm"))
     check_placement(args.dtype, args.device)
     unknown = set(args.outside) - set(args.models)
     if unknown:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from transformers.hf_argparser import HfArg
 
 from ..capture import num_layers_of
-from .arguments import PairArguments, check_placement
+from .arguments import DTYPES, PairArguments, check_placement
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
@@ -31,7 +31,9 @@ class ProbeArguments(PairArguments):
     temperature: float = HfArg(default=1.0, help="Sampling temperature; 0 is greedy.")
     layers: str = HfArg(default="all", help="Student layers: all, last, even, odd or 1,5,28.")
     positions: str = HfArg(default="all", help="Response tokens: all, last, last:2000, first:50, last:30%%.")
-    dtype: str = HfArg(default="auto", help="Precision in which both models are loaded.")
+    dtype: str = HfArg(
+        default="auto", help="Precision in which both models are loaded.", metadata={"choices": DTYPES}
+    )
     device: str = HfArg(default="auto", help="auto (an accelerator if there is one), cpu, cuda:1 or split.")
     seed: int = HfArg(default=0, help="Seed of the rollouts and of the split.")
 
