@@ -15,6 +15,7 @@ import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 from transformers.trainer_utils import SchedulerType
-from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ..bridge.base import BridgeBase
 from ..capture import FINAL, backbone_of, blocks_of, num_layers_of
@@ -37,6 +39,7 @@ from ..pairing.token_bytes import fingerprint
 from ..runs.folder import method_style
 from ..runs.settings import Range, check_choice, check_numbers
 from ..teachers import Teacher
+from .diagnostics import width_of
 from ..utils import autocast_dtype, best_device
 
 # %% ../../nbs/23_training/05_config.ipynb #00000005
@@ -165,7 +168,10 @@ class OPRDConfig(DistillationConfig):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Responses per micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per step."})
-    max_completion_length: int = field(default=1024, metadata={"help": "Most tokens per response."})
+    # TRL allows None, no limit.
+    max_completion_length: int = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=1024, metadata={"help": "Most tokens per response."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Student without dropout."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics.jsonl."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
@@ -189,6 +195,11 @@ class OPRDConfig(DistillationConfig):
             "help": "Cut each micro-batch by length into parts of at most so many tokens; 0 keeps it whole."
         },
     )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: `output_dir` as a path."""
+        return Path(str(self.output_dir))
 
     def __post_init__(self):
         prepare_settings(self)
@@ -223,6 +234,7 @@ def freeze_unused(model: nn.Module, objective: Objective | Term) -> list[str]:
     Input embeddings are always reached.
     """
     objective = as_objective(objective)
+    whole: Any = model
     backbone = backbone_of(model)
     blocks = blocks_of(backbone)[1]
     read = {key for _, term in objective.terms for key in term.student_layers(len(blocks))}
@@ -231,12 +243,12 @@ def freeze_unused(model: nn.Module, objective: Objective | Term) -> list[str]:
     unreached = [p for block in blocks[deepest:] for p in block.parameters()]
     if not norm_is_read:
         inside = {id(p) for block in blocks for p in block.parameters()}
-        inside |= {id(p) for p in model.get_input_embeddings().parameters()}
+        inside |= {id(p) for p in whole.get_input_embeddings().parameters()}
         unreached += [p for p in backbone.parameters() if id(p) not in inside]
     if not objective.needs_head:
         # A head that is tied to the input embeddings belongs to the backbone and stays trainable.
         used = {id(p) for p in backbone.parameters()}
-        unreached += [p for p in model.get_output_embeddings().parameters() if id(p) not in used]
+        unreached += [p for p in whole.get_output_embeddings().parameters() if id(p) not in used]
     ids = {id(p) for p in unreached}
     names = [name for name, p in model.named_parameters() if id(p) in ids and p.requires_grad]
     for p in unreached:
@@ -301,8 +313,8 @@ def check_terms(
 
     ValueError for layers that do not exist, widths that need a bridge, or a bridge that does not fit.
     """
-    student_width = student.config.get_text_config().hidden_size
-    teacher_width = teacher.model.config.get_text_config().hidden_size
+    student_width = width_of(student)
+    teacher_width = width_of(teacher.model)
     for _, term in objective.terms:
         term.compared_layers(num_layers_of(student), num_layers_of(teacher.model))
         term.check(student, teacher, tokenizer)
