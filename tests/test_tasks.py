@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd_nb.tasks import grading
+from oprd_nb.tasks import grading, loading
 from oprd_nb.tasks.grading import GradingProcess, extract_answer, grade, grade_all, quick_verdict
+from oprd_nb.tasks.loading import KNOWN, load_task
 from oprd_nb.tasks.problems import (
     INSTRUCTION,
-    KNOWN,
     Task,
     arithmetic,
     contamination,
-    load_task,
     sample_problems,
     solve,
     split_of,
@@ -298,28 +297,6 @@ def refused(name) -> str:
     return str(caught.value)
 
 
-def test_bad_files_are_refused_in_one_line(tmp_path, monkeypatch):
-    message = [{"role": "user", "content": "1+1?"}]
-    assert (
-        "aime24" in refused("gsm9k")
-        and "no such file" in refused("nowhere.parquet")
-        and "no such file" in refused(tmp_path / "folder.parquet")
-    )
-    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
-    assert "cannot be read as parquet" in refused(tmp_path / "torn.parquet")
-    for name, frame, expected in [
-        ("bare", {"question": ["1+1?"]}, "no column 'prompt'"),
-        ("text", {"prompt": ["1+1?"]}, "row 0"),
-        ("none", {"prompt": [message, None]}, "row 1"),
-        ("empty", {"prompt": [message][:0]}, "no rows"),
-        ("role", {"prompt": [[{"role": "user"}]]}, "row 0"),
-    ]:
-        pd.DataFrame(frame).to_parquet(tmp_path / f"{name}.parquet")
-        assert expected in refused(tmp_path / f"{name}.parquet")
-    monkeypatch.setenv("OPRD_DATA", str(tmp_path / "nowhere"))
-    assert "no such file" in refused("aime24")
-
-
 def test_a_saved_task_loads_again(tmp_path):
     small = arithmetic(train=5, test=7, validation=5)
     small.test.to_parquet(tmp_path / "mine.parquet")
@@ -338,6 +315,8 @@ def test_prompts_without_answers_load(tmp_path):
 def test_the_hub_gives_the_layout_of_the_files(monkeypatch):
     monkeypatch.delenv("OPRD_DATA", raising=False)
     asked = []
+
+    monkeypatch.setattr(loading, "_hub_reason", lambda _: None)
 
     def hub(name, config, split):
         asked.append((name, config, split))
@@ -362,6 +341,7 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route\nto host")
 
+    monkeypatch.setattr(loading, "_hub_reason", lambda _: None)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert "OPRD_DATA" in refused("math500")
 

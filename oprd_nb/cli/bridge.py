@@ -18,7 +18,7 @@ from .arguments import DTYPES, check_limits, check_placement
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..plots.bridge_page import save_bridge_folder, sentence
-from ..tasks.problems import load_task
+from ..tasks.loading import load_task
 from ..teachers import Teacher
 
 # %% ../../nbs/60_cli/03_bridge.ipynb #6b300002

@@ -23,7 +23,8 @@ from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..runs.folder import Run, RunPaths, read_run
 from ..runs.tables import add_to_summary
-from ..tasks.problems import Task, load_task
+from ..tasks.loading import load_task
+from ..tasks.problems import Task
 from ..training.export import model_folder
 
 # %% ../../nbs/60_cli/06_eval.ipynb #7bcef80c
@@ -59,7 +60,7 @@ class EvalArguments:
 # %% ../../nbs/60_cli/06_eval.ipynb #10fc5a3e
 def problems_of(args: EvalArguments) -> Task:
     """The problems to evaluate on. ValueError, one line, for a request that cannot be met."""
-    task = load_task(args.task)
+    task = load_task(args.task, need_answers=True)
     if task.test is None:
         raise ValueError(
             f"task={args.task!r}: is a training set; "

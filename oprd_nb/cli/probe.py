@@ -17,7 +17,7 @@ from ..diagnosis import PairReport, diagnose
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler
-from ..tasks.problems import load_task
+from ..tasks.loading import load_task
 from ..teachers import Teacher
 
 # %% ../../nbs/60_cli/02_probe.ipynb #d54e4c4d

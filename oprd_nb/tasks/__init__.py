@@ -9,7 +9,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "problems": ["Task", "load_task", "arithmetic", "contamination"],
+        "problems": ["Task", "arithmetic", "contamination"],
+        "loading": ["load_task"],
         "answers": ["extract_answer", "answer_kind", "count_answers"],
         "grading": ["grade", "grade_all", "grader", "same_answer"],
         "words": ["word_problems"],
@@ -19,7 +20,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 if TYPE_CHECKING:
     from .problems import (
         Task as Task,
-        load_task as load_task,
         arithmetic as arithmetic,
         contamination as contamination,
     )
@@ -34,4 +34,5 @@ if TYPE_CHECKING:
         grader as grader,
         same_answer as same_answer,
     )
+    from .loading import load_task as load_task
     from .words import word_problems as word_problems
