@@ -113,3 +113,37 @@ def test_help_fits_two_screens_and_all_of_it_is_there(capsys):
             assert "--hub_token" not in shown
         else:
             assert "--hub_token" in shown
+
+
+def test_the_papers_run_is_looked_at_without_weights_or_network(monkeypatch, capsys):
+    monkeypatch.delenv("OPRD_DATA", raising=False)
+    assert main(["train", "--preset", "paper", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "28 layers, 1536 wide" in shown and "500 of 16 responses to 8 prompts" in shown
+    assert "fits on a card of 48 GB" in shown and "prompts: dapo, not on this machine" in shown
+
+
+def test_a_dry_run_shows_what_is_asked_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--dry_run", "--max_completion_length", "40", "--teacher_prompt", "1+1=2{}"]
+    assert main(["train", *PAIR, *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "student is asked: '<|user|>59+63+15<|end|><|assistant|>'" in shown
+    assert "teacher is asked: '<|user|>1+1=259+63+15<|end|><|assistant|>'" in shown
+    assert "the 20,000 prompts are seen 0.2 times" in shown and not list(tmp_path.iterdir())
+
+
+def test_a_check_loads_everything_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *PAIR, "--check", *SHORT.split()]) == 0
+    assert "everything that a run checks" in capsys.readouterr().out
+    assert main(["train", *PAIR, "--check", "--layers", "9", *SHORT.split()]) == 2
+    assert "layers='9'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_was_asked_is_printed_and_stored(tmp_path, capsys):
+    assert main(["train", *PAIR, "--output_dir", str(tmp_path / "run"), *SHORT.split()]) == 0
+    text = "<|user|>59+63+15<|end|><|assistant|>"
+    assert f"student and teacher are asked: {text!r}" in capsys.readouterr().out
+    about = json.loads((tmp_path / "run" / "about.json").read_text())
+    assert about["asked"] == {"student": text, "teacher": text}

@@ -57,6 +57,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
         quiet()
         command = import_module(f"oprd_nb.cli.{name}")
+        quiet()  # again: a library that was imported just now has set filters of its own
         command.run(*parse(name, command.ARGUMENTS, argv))
     except (ValueError, OSError, ImportError) as error:
         message = " ".join(str(error).split())

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MethodArguments', 'ModelArguments', 'DataArguments', 'TrainArguments', 'check_methods', 'objective_of',
-           'settings_of_request']
+           'objective_needs_head', 'other_prompt', 'settings_of_request']
 
 # %% ../../nbs/60_cli/03b_request.ipynb #9b3b809a
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from transformers.hf_argparser import HfArg
@@ -102,6 +103,12 @@ class DataArguments:
         default=False,
         help="Go on from the last whole checkpoint of --output_dir, or start where there is none.",
     )
+    dry_run: bool = HfArg(
+        default=False, help="Print models, prompts, memory and steps, without weights, and end."
+    )
+    check: bool = HfArg(
+        default=False, help="Load everything, check what a run checks when it begins, and end."
+    )
     samples: int = HfArg(default=4, help="Responses per problem of the test set.")
 
 # %% ../../nbs/60_cli/03b_request.ipynb #4842e022
@@ -150,6 +157,24 @@ def objective_of(
     if args.mu:
         return METHODS[method]() + args.mu * representation
     return METHODS[method]()
+
+# %% ../../nbs/60_cli/03b_request.ipynb #08b2176d
+def objective_needs_head(args: TrainArguments) -> bool:
+    """Whether a run reads output distributions, and not only hidden states."""
+    methods = {args.method, args.then} - {""}
+    return not methods <= {"oprd", *BRIDGE_KINDS}
+
+
+def other_prompt(args: TrainArguments) -> Callable[[list[dict]], list[dict]] | None:
+    """What turns the student's prompt into the teacher's; None where both are asked the same."""
+    if not args.teacher_prompt:
+        return None
+
+    def replaced(messages: list[dict]) -> list[dict]:
+        *earlier, last = messages
+        return [*earlier, last | {"content": args.teacher_prompt.replace("{}", last["content"])}]
+
+    return replaced
 
 # %% ../../nbs/60_cli/03b_request.ipynb #5e14eb0d
 _NOT_PART_OF_A_RUN = ("resume", "resume_anyway", "dry_run", "check", "preset")

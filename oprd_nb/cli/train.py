@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'ARGUMENTS', 'bridge_of', 'training_prompts', 'validation_problems', 'teacher_of', 'sampler_of',
            'accuracy_of', 'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'stages_of',
-           'check_output_dir', 'run']
+           'check_output_dir', 'look_ahead', 'check_start', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
+import os
 import sys
+import tempfile
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,9 @@ from ..bridge.fitting import fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge, load_bridge
 from .bridge import rank_of
-from .request import TrainArguments, check_methods, objective_of, settings_of_request
+from .files import PRESETS
+from .plan import asked, asked_lines, plan_lines
+from .request import TrainArguments, check_methods, objective_of, other_prompt, settings_of_request
 from ..core import Rollouts, set_seed
 from ..evaluation.sampling import Evaluation
 from ..explore.scores import save_token_scores
@@ -36,6 +40,7 @@ from ..tasks.problems import Task
 from ..teachers import Teacher
 from ..training.config import OPRDConfig
 from ..training.experiment import BRIDGE_KINDS, distil
+from ..training.trainer import OPRDTrainer
 
 # %% ../../nbs/60_cli/04_train.ipynb #41073ccd
 PROMPTS_FOR_FIT = 2000
@@ -97,16 +102,11 @@ def teacher_of(args: TrainArguments, pair: ModelPair) -> Teacher:
 
     It is asked the student's prompt, or another one where `teacher_prompt` is set.
     """
-
-    def other_prompt(messages: list[dict]) -> list[dict]:
-        *earlier, last = messages
-        return [*earlier, last | {"content": args.teacher_prompt.replace("{}", last["content"])}]
-
     return Teacher(
         pair.teacher,
         pair.teacher_tokenizer,
         adapters_off=pair.teacher is pair.student,
-        prompt=other_prompt if args.teacher_prompt else None,
+        prompt=other_prompt(args),
     )
 
 # %% ../../nbs/60_cli/04_train.ipynb #847b9255
@@ -150,6 +150,7 @@ def stage(
         "label": f"{label} + {args.mu:g} OPRD" if args.mu else label,
         "bridge": None if bridge is None else repr(bridge),
         "command": " ".join(["oprd", "train", *sys.argv[2:]]),
+        "asked": asked(args, pair.task.train[0]["prompt"], pair.tokenizer, pair.teacher_tokenizer),
     }
     return distil(
         pair,
@@ -240,6 +241,38 @@ def check_output_dir(config: OPRDConfig) -> None:
     if config.output_dir in (None, "", "trainer_output"):
         raise ValueError("output_dir: not given; name the run folder, as in --output_dir runs/first")
 
+# %% ../../nbs/60_cli/04_train.ipynb #9524b8f8
+def look_ahead(args: TrainArguments, config: OPRDConfig) -> None:
+    """Print what a run will be, from configurations and data. ValueError where it could not begin."""
+    prompts = None
+    # The paper's run is looked at without a network: its set is read where it is on this machine.
+    if args.prompts != PRESETS["paper"]["prompts"] or os.environ.get("OPRD_DATA"):
+        prompts = training_prompts(args).train["prompt"]
+    else:
+        print(f"prompts: {args.prompts}, not on this machine (OPRD_DATA names a folder that holds it)")
+    print(*plan_lines(args, config, prompts), sep="\n")
+
+# %% ../../nbs/60_cli/04_train.ipynb #bc889e1b
+def check_start(
+    args: TrainArguments, config: OPRDConfig, pair: ModelPair, sampler: Sampler | None, teacher: Teacher
+) -> None:
+    """What a run checks when it begins, without a run folder: settings, terms, data, vocabularies, ends."""
+    bridge = bridge_of(args.method, args, config, pair, teacher)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = copy(config)
+        settings.output_dir = folder
+        OPRDTrainer(
+            model=pair.student,
+            teacher=teacher,
+            objective=objective_of(args.method, args, bridge),
+            args=settings,
+            train_dataset=pair.task.train,
+            eval_dataset=validation_problems(args),
+            processing_class=pair.tokenizer,
+            sampler=sampler,
+        )
+    print("everything that a run checks when it begins is right")
+
 # %% ../../nbs/60_cli/04_train.ipynb #6108cce5
 ARGUMENTS = (TrainArguments, OPRDConfig)
 
@@ -247,7 +280,11 @@ ARGUMENTS = (TrainArguments, OPRDConfig)
 def run(args: TrainArguments, config: OPRDConfig) -> None:
     """Distil into `--output_dir`; with `--then`, go on from there into `<output_dir>-then-<method>`."""
     check_methods(args)
-    check_output_dir(config)
+    if args.dry_run:
+        look_ahead(args, config)
+        return
+    if not args.check:
+        check_output_dir(config)
     for line in missing_from_report(args, config):
         print(line, file=sys.stderr)
     config.resume_from_checkpoint = config.resume_from_checkpoint or args.resume or None
@@ -257,9 +294,14 @@ def run(args: TrainArguments, config: OPRDConfig) -> None:
     set_seed(config.seed)
     pair = load_pair(args, config)
     print(placement_of_run(args, config, pair))
+    texts = asked(args, pair.task.train[0]["prompt"], pair.tokenizer, pair.teacher_tokenizer)
+    print(*asked_lines(texts), sep="\n")
     trainable = [parameter for parameter in pair.student.parameters() if parameter.requires_grad]
     sampler = sampler_of(args, pair)
     teacher = teacher_of(args, pair)
+    if args.check:
+        check_start(args, config, pair, sampler, teacher)
+        return
     for request, settings in stages_of(args, config):
         for parameter in trainable:
             parameter.requires_grad_(True)  # an earlier stage froze what its loss does not reach

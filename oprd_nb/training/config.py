@@ -179,9 +179,7 @@ class OPRDConfig(DistillationConfig):
     eval_samples: int = field(
         default=1, metadata={"help": "Responses to each held-out problem at an evaluation step."}
     )
-    eval_temperature: float = field(
-        default=0.7, metadata={"help": "Their sampling temperature; 0 is greedy."}
-    )
+    eval_temperature: float = field(default=0.7, metadata={"help": "Their temperature; 0 is greedy."})
     logprob_tolerance: float | None = field(
         default=None,
         metadata={
@@ -191,9 +189,7 @@ class OPRDConfig(DistillationConfig):
     )
     token_budget: int = field(
         default=0,
-        metadata={
-            "help": "Cut each micro-batch by length into parts of at most so many tokens; 0 keeps it whole."
-        },
+        metadata={"help": "Most tokens per part of a micro-batch, cut by length; 0 keeps it whole."},
     )
 
     @property
