@@ -178,6 +178,12 @@ class RolloutTensors:
         """How many rollouts."""
         return self.input_ids.shape[0]
 
+# %% ../nbs/01_core.ipynb #0530cc2b
+def _kept_ids(input_ids: Int[Tensor, "batch time"], kept: Bool[Tensor, "batch time"]) -> list[list[int]]:
+    """The token ids of each sequence where `kept` is True."""
+    # Both to the host as a whole: sequence by sequence an accelerator would be waited for each time.
+    return [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), kept.cpu(), strict=True)]
+
 # %% ../nbs/01_core.ipynb #00000010
 class RolloutTokens(RolloutTensors):
     """What was asked and what was written, as ragged lists and as text."""
@@ -189,12 +195,12 @@ class RolloutTokens(RolloutTensors):
 
     def responses(self) -> list[list[int]]:
         """The token ids of each response."""
-        return [ids[mask].tolist() for ids, mask in zip(self.input_ids, self.response_mask, strict=True)]
+        return _kept_ids(self.input_ids, self.response_mask)
 
     def prompt_ids(self) -> list[list[int]]:
         """The token ids of each prompt: everything before the first response token."""
         before = self.attention_mask & (self.response_mask.cumsum(1) == 0)
-        return [ids[mask].tolist() for ids, mask in zip(self.input_ids, before, strict=True)]
+        return _kept_ids(self.input_ids, before)
 
     def texts(self, tokenizer) -> list[str]:
         """The responses as text, without special tokens."""
@@ -220,7 +226,9 @@ class RolloutParts(RolloutTokens):
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def to(self: Parts, device: torch.device | str) -> Parts:
-        """The same batch on another device."""
+        """The same batch on another device; this one where it is there already."""
+        if self.input_ids.to(device) is self.input_ids:
+            return self
         return self._with_tensors(lambda tensor: tensor.to(device))
 
     def select(

@@ -573,3 +573,41 @@ def test_noise_in_layer_12_of_a_real_model_is_found_there():
     torch.testing.assert_close(
         torch.tensor(shown[20]), torch.tensor(table.loc[table.response == 1, 21].to_numpy())
     )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_refused_everywhere(rows, bad):
+    spoilt = rows.take(torch.arange(len(rows)))
+    spoilt.teacher[2][5, 7] = bad
+    student, teacher = spoilt.by_layer_pair()[2, 2]
+    for measure in (
+        lambda: mutual_knn(student, teacher),
+        lambda: mutual_knn(teacher, student),
+        lambda: cka(student, teacher),
+        lambda: cka_matrix(spoilt),
+        lambda: linear_probe({1: student, 2: teacher}, rows.token, rows.response),
+        lambda: position_cosines([spoilt], embedded("same").tokenizer),
+        lambda: token_similarities(spoilt),
+    ):
+        with pytest.raises(ValueError, match="holds NaN or infinite values"):
+            measure()
+    labels = rows.position.float()
+    labels[3] = bad
+    with pytest.raises(ValueError, match="labels: holds NaN"):
+        linear_probe({1: student}, labels, rows.response)
+
+
+def test_a_probe_names_the_layer_that_is_not_finite(rows):
+    hidden = rows.student[3].clone()
+    hidden[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="states of layer 3"):
+        linear_probe({1: rows.student[1], 3: hidden}, rows.token, rows.response)
+
+
+def test_similarities_are_those_of_each_response_alone(rows):
+    table = token_similarities(rows)
+    assert list(table.columns) == ["response", "layer", "teacher_layer", "norm_cosine", "token_structure"]
+    for number in rows.response.unique()[:3]:
+        alone = token_similarities(rows.take(rows.response == number)).reset_index(drop=True)
+        own = table[table.response == int(number)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, alone, rtol=1e-5)

@@ -29,7 +29,7 @@ from oprd_nb.probing.states import (
     paired_states,
     split_by_response,
 )
-from ..structure.moments import LayerPair, Moments
+from ..structure.moments import LayerPair, Moments, as_float64
 from ..structure.ranks import rank_curve, suggest_rank
 from ..structure.ridge import Fits, RidgeFit, fit_all, fit_sgd, prefix_cosine
 from ..teachers import Teacher
@@ -149,7 +149,7 @@ class ScoredProjectors(TruncatableProjectors):
         """
         tables = []
         for s, t in self.layer_pairs:
-            student, teacher = (states.double() for states in heldout[s, t])
+            student, teacher = (as_float64(states) for states in heldout[s, t])
             total = (teacher - self.tensor_on(f"{s}.teacher.mean", teacher)).square().sum()
             table = score_projections(
                 self.project_student(s, student), self.project_teacher(s, teacher), total
@@ -178,13 +178,14 @@ def choose_rank(
     ValueError for a rank the teacher does not have, or if no rank is better than none.
     """
     if rank == "auto":
-        suggested = suggest_rank(moments, heldout, groups, fits=fits).rank
-        if suggested == 0:
-            raise ValueError(
-                "rank='auto': the student predicts no component well enough; at every rank the "
-                "unpredictable variance exceeds the predictable. Give a rank, or fit a ReadoutBridge"
+        suggested = suggest_rank(moments, heldout, groups, fits=fits)
+        if suggested.rank == 0:
+            reason = suggested.too_few or (
+                "the student predicts no component well enough; at every rank the unpredictable variance "
+                "exceeds the predictable"
             )
-        return suggested
+            raise ValueError(f"rank='auto': {reason}. Give a rank, or fit a ReadoutBridge")
+        return suggested.rank
     if not isinstance(rank, int) or not 1 <= rank <= moments.d_teacher:
         raise ValueError(
             f"rank={rank!r}: use 'auto' or an integer from 1 to {moments.d_teacher}, the teacher's width"
@@ -314,7 +315,7 @@ def refit_by_sgd(
     tensors = dict(bridge.tensors)
     for s, t in bridge.layer_pairs:
         student, teacher = states[s, t]
-        target = bridge.project_teacher(s, teacher.double())
+        target = bridge.project_teacher(s, as_float64(teacher))
         tensors[f"{s}.student.weight"] = fit_sgd(student, target, learning_rate=learning_rate)
         tensors[f"{s}.student.mean"] = torch.zeros_like(tensors[f"{s}.student.mean"])
     header = replace(bridge.header, recipe="sgd", scores=[])

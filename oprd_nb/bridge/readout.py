@@ -30,15 +30,15 @@ from ..pairing.positions import end_of_turn
 from ..pairing.token_bytes import fingerprint
 from ..probing.states import paired_states, split_by_response
 from ..rollouts.prompts import encode_prompts
-from ..structure.moments import CHUNK, PairMoments
+from ..structure.moments import CHUNK, PairMoments, as_float64, check_finite, float64_device
 from ..structure.ridge import fit_ridge
 from ..teachers import Teacher
 
 # %% ../../nbs/12_bridge/03_readout.ipynb #60000001
 def require_maps(offsets: Int[Tensor, "n"], known: tuple[int, ...]) -> None:
     """ValueError unless there is a map for each of these offsets."""
-    if not torch.isin(offsets, offsets.new_tensor(known)).all():
-        unknown = sorted(set(offsets.tolist()) - set(known))
+    unknown = sorted(set(offsets.unique().tolist()) - set(known))
+    if unknown:
         raise ValueError(f"offsets: {unknown} have no map; this readout has {list(known)}")
 
 # %% ../../nbs/12_bridge/03_readout.ipynb #00000006
@@ -68,17 +68,17 @@ class ReadoutMaps(BridgeBase):
         """
         self._require_last(layer)
         hidden = at_least_float32(hidden)
-        if offsets is None:
-            offsets = torch.zeros(len(hidden), dtype=torch.long)
-        offsets = offsets.to(hidden.device)
-        require_maps(offsets, self.offsets)
         weight = self.tensor_on("weight", hidden)
         bias = self.tensor_on("bias", hidden)
-        mapped = hidden.new_empty(len(hidden), weight.shape[1])
         with torch.autocast(hidden.device.type, enabled=False):
+            if offsets is None:
+                return hidden @ weight[0].T + bias[0]
+            offsets = offsets.to(hidden.device)
+            require_maps(offsets, self.offsets)
+            mapped = hidden.new_empty(len(hidden), weight.shape[1])
             for i, offset in enumerate(self.offsets):
-                at_offset = offsets == offset
-                mapped[at_offset] = hidden[at_offset] @ weight[i].T + bias[i]
+                at_offset = (offsets == offset).nonzero().squeeze(1)
+                mapped.index_copy_(0, at_offset, hidden[at_offset] @ weight[i].T + bias[i])
         return mapped
 
     def _require_last(self, layer: int) -> None:
@@ -92,7 +92,8 @@ def divergence(
 ) -> Float[Tensor, "n"]:
     """D_KL(target || softmax(logits)) over the tokens that both vocabularies have, in nats per position."""
     shared = min(logits.shape[-1], target.shape[-1])
-    target = target[:, :shared] / target[:, :shared].sum(-1, keepdim=True)
+    target = target[:, :shared].to(logits.device)
+    target = target / target.sum(-1, keepdim=True)
     cross_entropy = F.cross_entropy(logits[:, :shared], target, reduction="none")
     return cross_entropy - torch.special.entr(target).sum(-1)
 
@@ -222,7 +223,7 @@ def head_row_basis(weight: Float[Tensor, "vocabulary d_student"]) -> Float[Tenso
     A column's length is its singular value over their root mean square, at most 1.
     """
     weight = at_least_float32(weight)
-    squares, directions = torch.linalg.eigh((weight.T @ weight).double())
+    squares, directions = torch.linalg.eigh(as_float64(weight.T @ weight))
     singular_values = squares.clamp(min=0).sqrt()
     lengths = (singular_values / singular_values.square().mean().sqrt()).clamp(max=1)
     return (directions * lengths).to(weight)
@@ -243,7 +244,8 @@ def ridge_map(
     teacher_hidden: Float[Tensor, "n d_teacher"], student_hidden: Float[Tensor, "n d_student"]
 ) -> AffineMap:
     """Ridge regression of the student's states on the teacher's, with the penalty of `fit_ridge`."""
-    moments = PairMoments.empty(teacher_hidden.shape[1], student_hidden.shape[1])
+    device = float64_device(teacher_hidden.device)
+    moments = PairMoments.empty(teacher_hidden.shape[1], student_hidden.shape[1], device)
     moments.update(teacher_hidden, student_hidden)
     # The regression predicts principal components of the student's states: turn them back into states.
     fit = fit_ridge(moments)
@@ -422,6 +424,7 @@ class ReadoutBridge(ReadoutMaps):
         `responses`: the response of each state; a fifth of them is held out.
         ValueError for different lengths, or for fewer than `FEWEST_STATES` states at offset 0.
         """
+        check_finite(teacher_rows=teacher_rows)
         targets = as_targets(targets)
         check_lengths(
             len(teacher_rows), targets, student_rows=student_rows, offsets=offsets, responses=responses

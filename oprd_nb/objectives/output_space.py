@@ -50,8 +50,9 @@ def in_chunks(loss: LogitLoss, inputs: TermInputs) -> Float[Tensor, "n"]:
 
     def of_hidden(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
         student_logits = inputs.student_head(student)
-        teacher_logits = inputs.teacher_head(teacher)
+        teacher_logits = inputs.teacher_head(teacher).to(student_logits.device)
         shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        tokens = tokens.to(student_logits.device)
         return loss(student_logits[:, :shared], teacher_logits[:, :shared], tokens)
 
     hidden = (inputs.student[0], inputs.teacher[0].take(), inputs.next_tokens)

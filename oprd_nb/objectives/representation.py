@@ -134,7 +134,9 @@ class Representation(ComparedLayers):
         supervised = super().mask(pairs)
         if self.bridge is None:
             return supervised
-        return supervised & torch.isin(pairs.offsets, pairs.offsets.new_tensor(self.bridge.offsets))
+        # One comparison per offset: a list of them would have to be copied to the device.
+        has_map = [pairs.offsets == offset for offset in self.bridge.offsets]
+        return supervised & reduce(torch.logical_or, has_map)
 
     def check(self, student: nn.Module, teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> None:
         """ValueError if the bridge does not fit these models."""
@@ -147,7 +149,9 @@ class Representation(ComparedLayers):
         """The teacher's states, or behind a bridge their projections by offset, in the teacher's dtype."""
         if self.bridge is None:
             return hidden
-        return self.bridge.project_teacher(int(layer), hidden, offsets).to(hidden.dtype)
+        # `mask` leaves all other offsets out; to check them again would wait for the device in every layer.
+        known = None if tuple(self.bridge.offsets) == (0,) else offsets
+        return self.bridge.project_teacher(int(layer), hidden, known).to(hidden.dtype)
 
     def per_position(self, inputs: TermInputs) -> tuple[Float[Tensor, "n"], dict[str, Float[Tensor, "n"]]]:
         """Mean distance over layers; `rep/cosine_similarity` and its layers as metrics."""
@@ -159,7 +163,8 @@ class Representation(ComparedLayers):
             if self.bridge is not None:
                 student = self.bridge.project_student(int(layer), student)
             distances, cosine = position_distances(student, target, self.distance)
-            losses.append(distances / len(inputs.layer_pairs))
-            cosines[f"rep/cosine_layer_{layer}"] = cosine
+            # Layers of a split student are on several devices; their losses meet where its inputs are.
+            losses.append(distances.to(inputs.next_tokens.device) / len(inputs.layer_pairs))
+            cosines[f"rep/cosine_layer_{layer}"] = cosine.to(inputs.next_tokens.device)
         overall = torch.stack(list(cosines.values())).mean(0)
         return reduce(torch.add, losses), cosines | {"rep/cosine_similarity": overall}

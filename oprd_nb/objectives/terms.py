@@ -52,12 +52,12 @@ class TermInputs:
     teacher_head: Head = no_head
 
 # %% ../../nbs/20_objectives/02_terms.ipynb #d8d90f26
-class Weighable:
+class Weighable(ABC):
     """`weight * term` gives an `Objective`."""
 
+    @abstractmethod
     def as_objective(self) -> "Objective":
         """This as a weighted sum of terms."""
-        raise NotImplementedError
 
     def __mul__(self, weight: float) -> "Objective":
         scaled = self.as_objective()
@@ -89,7 +89,7 @@ class Addable(Weighable):
         return replace(first, terms=first.terms + second.terms)
 
 # %% ../../nbs/20_objectives/02_terms.ipynb #00000007
-class Term(Addable, ABC):
+class Term(Addable):
     """One loss: the layers and positions it compares, and one number per position."""
 
     name: str

@@ -97,6 +97,17 @@ class PairCoverage(PairedPositions):
 class Pairs(PairCoverage):
     """What the teacher reads and the pairing of positions; the names under which both travel in a batch."""
 
+    def to(self, device: torch.device | str) -> "Pairs":
+        """The same pairs on another device; these where they are there already."""
+        if self.teacher_positions.to(device) is self.teacher_positions:
+            return self
+        return Pairs(
+            self.teacher_inputs.to(device),
+            self.teacher_positions.to(device),
+            self.offsets.to(device),
+            self.response_mask.to(device),
+        )
+
     def to_batch(self) -> dict[str, Tensor]:
         """Everything but the response mask as (batch, ...) tensors: what a trainer may shuffle and split."""
         return {

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .states import split_by_response
+from ..structure.moments import check_finite, float64_device
 from ..utils import cluster_bootstrap_ratio
 
 # %% ../../nbs/11_probing/03_linear.ipynb #00000006
@@ -48,24 +49,30 @@ def fit_ridge_probe(
 
 # %% ../../nbs/11_probing/03_linear.ipynb #f0000007
 def fit_logistic_probe(
-    x: Float[Tensor, "n d"], y: Int[Tensor, "n"], penalty: float, steps: int = 200
+    x: Float[Tensor, "n d"], y: Int[Tensor, "n"], penalty: float, steps: int = 2000
 ) -> Float[Tensor, "d_and_offset classes"]:
     """Weights, then the offsets in the last row, that minimise mean cross-entropy + penalty / 2 |W|^2.
 
-    By L-BFGS from zero; offsets are not penalised. y counts classes from 0.
+    By accelerated gradient steps from zero; offsets are not penalised. y counts classes from 0.
     """
-    w = torch.zeros(x.shape[1] + 1, int(y.max()) + 1).to(x).requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=steps, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ w[:-1] + w[-1], y) + penalty / 2 * w[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    return w.detach()
+    design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    ridge = torch.full_like(design[0], penalty)[:, None]
+    ridge[-1] = 0
+    bound = torch.linalg.cholesky(design.T @ design / (2 * len(x)) + ridge.squeeze(1).diag())
+    labels = torch.arange(int(y.max()) + 1, device=y.device) == y[:, None]
+    weights = ahead = torch.zeros(len(ridge), labels.shape[1]).to(x)
+    age = torch.ones_like(ridge[0])
+    for step in range(1, steps + 1):
+        error = (design @ ahead).softmax(1) - labels.to(x)
+        gradient = design.T @ error / len(x) + ridge * ahead
+        moved = ahead - torch.cholesky_solve(gradient, bound)
+        is_uphill = (gradient * (moved - weights)).sum() > 0
+        age = torch.where(is_uphill, 1.0, age + 1)
+        ahead = moved + (age - 1) / (age + 2) * (moved - weights)
+        weights = moved
+        if step % 50 == 0 and gradient.abs().max() < 1e-5:
+            break
+    return weights
 
 # %% ../../nbs/11_probing/03_linear.ipynb #f0000008
 def probe_terms(
@@ -75,18 +82,20 @@ def probe_terms(
 
     Their sums give R^2 for floating-point labels, accuracy for classes.
     """
-    x = (x - x[~held_out].mean(0)) / x[~held_out].std(0).clamp(min=1e-6)
+    fitted = (~held_out).nonzero().squeeze(1)
+    scored = held_out.nonzero().squeeze(1)
+    x = (x - x[fitted].mean(0)) / x[fitted].std(0).clamp(min=1e-6)
     if y.is_floating_point():
-        w = fit_ridge_probe(x[~held_out], y[~held_out], penalty)
-        prediction = (x[held_out] @ w[:-1] + w[-1]).squeeze(1)
-        error = (prediction - y[held_out]).square()
-        total = (y[~held_out].mean() - y[held_out]).square()
+        w = fit_ridge_probe(x[fitted], y[fitted], penalty)
+        prediction = (x[scored] @ w[:-1] + w[-1]).squeeze(1)
+        error = (prediction - y[scored]).square()
+        total = (y[fitted].mean() - y[scored]).square()
         return total - error, total
     # A class that only held-out responses have cannot be predicted, and counts as wrong.
-    classes, index = y[~held_out].unique(return_inverse=True)
-    w = fit_logistic_probe(x[~held_out], index, penalty)
-    prediction = classes[(x[held_out] @ w[:-1] + w[-1]).argmax(1)]
-    correct = (prediction == y[held_out]).double()
+    classes, index = y[fitted].unique(return_inverse=True)
+    w = fit_logistic_probe(x[fitted], index, penalty)
+    prediction = classes[(x[scored] @ w[:-1] + w[-1]).argmax(1)]
+    correct = (prediction == y[scored]).to(x.dtype)
     return correct, torch.ones_like(correct)
 
 # %% ../../nbs/11_probing/03_linear.ipynb #0000000c
@@ -107,14 +116,20 @@ def linear_probe(
     low, high: 95 % interval over held-out responses.
     control: the score on `control_labels`; score - control is the selectivity (Hewitt & Liang 2019).
     chance: accuracy of the most common training label; 0 for numbers.
+    ValueError for NaN or infinite states or labels, and for a label that is the same everywhere.
     """
     counts = [len(hidden) for hidden in states.values()]
-    if {len(response), *counts} != {len(labels)}:
+    if not counts or {len(response), *counts} != {len(labels)}:
         raise ValueError(
             f"labels: {len(labels)}, for {counts} states and {len(response)} response numbers; "
             "give one per state"
         )
-    y = labels.double() if labels.is_floating_point() else labels.long()
+    check_finite(**{f"states of layer {layer}": hidden for layer, hidden in states.items()})
+    if labels.is_floating_point():
+        check_finite(labels=labels)
+    device = float64_device(next(iter(states.values())).device)
+    y = labels.to(device, torch.float64 if labels.is_floating_point() else torch.int64)
+    response = response.to(device)
     held_out = split_by_response(response, share, seed)
     known = y[~held_out].unique()
     if len(known) < 2:
@@ -128,11 +143,12 @@ def linear_probe(
     groups = response[held_out].cpu().numpy()
     table = []
     for layer, hidden in states.items():
-        gained, total = probe_terms(hidden.double(), y, held_out, penalty)
+        hidden = hidden.to(device, torch.float64)
+        gained, total = probe_terms(hidden, y, held_out, penalty)
         score = cluster_bootstrap_ratio(
             gained.cpu().numpy()[:, None], total.cpu().numpy()[:, None], groups, seed=seed
         )
-        gained, total = probe_terms(hidden.double(), shuffled, held_out, penalty)
+        gained, total = probe_terms(hidden, shuffled, held_out, penalty)
         control = float(gained.sum() / total.sum())
         table.append((layer, score.value.item(), score.low.item(), score.high.item(), control, chance))
     return pd.DataFrame(table, columns=["layer", "score", "low", "high", "control", "chance"])

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..capture import capture, num_layers_of
 from ..core import Layers, Positions, Rollouts
+from ..models.loading import input_device
 from ..pairing.layers import pair_layers
 from ..pairing.positions import Pairs
-from ..structure.moments import LayerPair, Moments
+from ..structure.moments import LayerPair, Moments, float64_device
 from ..teachers import Teacher
 
 # %% ../../nbs/11_probing/01_states.ipynb #00000008
@@ -56,6 +57,10 @@ class PairedStates:
 
     def take(self, index: Int[Tensor, "kept"] | Bool[Tensor, "n"]) -> "PairedStates":
         """Some of the states, the same of both models."""
+        if index.dtype == torch.bool:
+            # Once for all layers: what a mask selects has a shape that the host must wait for.
+            index = index.nonzero().squeeze(1)
+        index = index.to(self.response.device)
         student = {layer: hidden[index] for layer, hidden in self.student.items()}
         teacher = {layer: hidden[index] for layer, hidden in self.teacher.items()}
         return PairedStates(student, teacher, self.layer_pairs, *(label[index] for label in self.labels()))
@@ -170,7 +175,7 @@ def paired_states(
 ) -> Iterator[PairedStates]:
     """Read `rollouts` with both models; yield, batch by batch, all states that have a teacher state.
 
-    Teacher states at any byte offset are included.
+    Teacher states at any byte offset are included. All states are on the student's device.
     tokenizer: the student's. layers: the student's and the teacher's, true layer numbers.
     UserWarning at the end where less than 95 % of the positions have a teacher state.
     """
@@ -178,20 +183,25 @@ def paired_states(
     teacher_layers = list(layers[1])
     by_depth = pair_layers(num_layers_of(student), num_layers_of(teacher.model))
     layer_pairs = [(s, t) for s, t in by_depth if s in student_layers and t in teacher_layers]
+    device = input_device(student)
     num_requested = 0
     num_paired = 0
     for first, batch in read_batches(rollouts, tokenizer.pad_token_id):
-        batch = batch.to(next(student.parameters()).device)
+        batch = batch.to(device)
         pairs = _read_pairs(teacher, batch, tokenizer)
         requested = positions.mask(batch.response_mask)
         paired = (requested & pairs.paired).flatten().nonzero().squeeze(1)
         h_student = read_states(student, batch, paired, student_layers, final_norm)
         teacher_positions = dict.fromkeys(teacher_layers, pairs.teacher_rows_at(paired))
-        h_teacher = dict(teacher.capture(pairs, teacher_positions, final_norm))
+        h_teacher = teacher.capture(pairs, teacher_positions, final_norm)
         labels = label_positions(batch, paired, first)
         num_requested += int(requested.sum())
         num_paired += len(paired)
-        yield PairedStates(h_student, h_teacher, layer_pairs, *labels, pairs.offsets.flatten()[paired])
+        # A split model has its layers on several devices, and the teacher may be on another one.
+        both = [
+            {layer: hidden.to(device) for layer, hidden in read.items()} for read in (h_student, h_teacher)
+        ]
+        yield PairedStates(*both, layer_pairs, *labels, pairs.offsets.flatten()[paired])
     if num_paired < 0.95 * num_requested:
         warnings.warn(
             f"only {num_paired / num_requested:.1%} of the student's tokens have a teacher state",
@@ -250,7 +260,7 @@ def empty_moments(states: PairedStates) -> Moments:
     student_layer, teacher_layer = states.layer_pairs[0]
     h_student = states.student[student_layer]
     d_teacher = states.teacher[teacher_layer].shape[1]
-    device = h_student.device if h_student.is_cuda else "cpu"
+    device = float64_device(h_student.device)
     return Moments(states.layer_pairs, h_student.shape[1], d_teacher, device)
 
 # %% ../../nbs/11_probing/01_states.ipynb #d0000013
