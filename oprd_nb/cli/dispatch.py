@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from . import __version__
+from .. import __version__
 
 # %% ../../nbs/60_cli/10_dispatch.ipynb #870aee22
 COMMANDS = {
