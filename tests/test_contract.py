@@ -16,7 +16,7 @@ from oprd_nb.evaluation import evaluate
 from oprd_nb.models import embedded, load_model, load_tokenizer
 from oprd_nb.objectives import FullKL, Representation, SampledTokenKL, TopKKL
 from oprd_nb.pairing import Pairs, pair_layers, pair_positions
-from oprd_nb.rollouts import HFSampler, Sampler, VLLMSampler
+from oprd_nb.rollouts import HFSampler, ReplaySampler, Sampler, VLLMSampler
 from oprd_nb.structure import Moments, rank_curve, suggest_rank
 from oprd_nb.tasks import grade, load_task
 from oprd_nb.teachers import Teacher
@@ -165,12 +165,12 @@ def test_sampler_is_a_protocol_that_names_all_that_is_asked():
     assert typing.is_protocol(Sampler) if hasattr(typing, "is_protocol") else Sampler._is_protocol
     members = {name for name in {*vars(Sampler), *Sampler.__annotations__} if not name.startswith("_")}
     assert {"tokenizer", "eos_token_ids", "sample", "sync"} <= members
-    accepts(Sampler.sample, prompts=REQUIRED, n=1, temperature=1.0, seed=0)
-    assert "max_new_tokens" in arguments_of(Sampler.sample)
+    accepts(Sampler.sample, prompts=REQUIRED, n=1, temperature=1.0, max_new_tokens=1024, seed=0)
+    accepts(Sampler.sample, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, stop=())
     assert list(arguments_of(Sampler.sync)) == ["student"]
 
 
-@pytest.mark.parametrize("kind", [HFSampler, VLLMSampler])
+@pytest.mark.parametrize("kind", [HFSampler, ReplaySampler, VLLMSampler])
 def test_samplers_keep_to_the_protocol(kind):
     assert arguments_of(kind.sample) == arguments_of(Sampler.sample)
     assert arguments_of(kind.sync) == arguments_of(Sampler.sync)

@@ -20,6 +20,7 @@ from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, pai
 from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, maj_at_k
 from oprd_nb.evaluation.sampling import Evaluation, evaluate, stored_rollouts, weights_mark
 from oprd_nb.rollouts.samplers import HFSampler, logprob_gap
+from oprd_nb.rollouts.settings import SamplingSettings
 from oprd_nb.tasks.problems import Task, arithmetic
 from oprd_nb.utils import bootstrap_interval
 
@@ -57,7 +58,8 @@ class Scripted:
         self.calls = 0
         self.asked = []
 
-    def sample(self, prompts, n=1, temperature=1.0, max_new_tokens=64, seed=0):
+    def sample(self, prompts, n=1, temperature=1.0, max_new_tokens=64, seed=0, **filters):
+        self.filters = filters
         self.calls += 1
         if self.calls == self.fails_at:
             raise ConnectionError("the machine went away")
@@ -669,3 +671,28 @@ def test_samples_come_back_as_rollouts(same, tmp_path):
     assert logprob_gap(same.student, rollouts) < 1e-5
     with pytest.raises(ValueError, match="token_ids"):
         stored_rollouts(result.samples.drop(columns="token_ids"), problems["prompt"], same.tokenizer)
+
+
+def test_filters_reach_the_sampler_and_the_file(tmp_path):
+    sampler = Scripted(lambda text, i, rng: "\\boxed{7}###")
+    path = tmp_path / "samples.parquet"
+    card = SamplingSettings(0.6, top_p=0.9, stop=("###",), max_new_tokens=12)
+    result = evaluate(sampler, questions(2), n=1, path=path, progress=False, **card.keywords())
+    assert sampler.filters == {"top_p": 0.9, "stop": ("###",)}
+    # The responses have eleven characters and no end token within them: the stop text ends them.
+    assert not result.samples["truncated"].any()
+    stored = Evaluation.load(path).settings
+    assert {name: stored[name] for name in card.stored()} == card.stored()
+    assert (
+        evaluate(sampler, questions(2), n=1, path=path, progress=False, **card.keywords()).settings == stored
+    )
+    with pytest.raises(ValueError, match="top_p=0.9, but top_p=1.0 is requested"):
+        evaluate(sampler, questions(2), n=1, path=path, temperature=0.6, max_new_tokens=12, progress=False)
+
+
+def test_settings_that_cannot_be_meant_are_refused_before_sampling():
+    sampler = Scripted(lambda text, i, rng: "7")
+    for wrong in ({"temperature": float("nan")}, {"top_p": 2.0}, {"max_new_tokens": 0}, {"n": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            evaluate(sampler, questions(1), **{"n": 1} | wrong)
+    assert not sampler.calls

@@ -7,12 +7,14 @@ import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
 from scipy import stats
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from oprd_nb.core import Rollouts
 from oprd_nb.models.loading import end_tokens, load_model
 from oprd_nb.models.pairs import embedded
 from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler, logprob_gap, response_log_probs
+from oprd_nb.rollouts.settings import SamplingSettings
 
 
 def test_batches_change_neither_order_nor_greedy_answers(same):
@@ -71,11 +73,130 @@ def test_sampled_frequencies_are_the_models():
         (dict(n=0), "n=0"),
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(temperature=-1), "temperature=-1"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=float("inf")), "temperature=inf"),
+        (dict(temperature=1e-9), "temperature=1e-09: use 0"),
+        (dict(temperature="hot"), "temperature='hot'"),
+        (dict(top_p=0), "top_p=0: must be a number from 1e-06 to 1"),
+        (dict(top_p=float("nan")), "top_p=nan"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(top_k=2.5), "top_k=2.5"),
+        (dict(min_p=-0.1), "min_p=-0.1"),
+        (dict(repetition_penalty=0), "repetition_penalty=0"),
+        (dict(stop=[""]), "stop="),
+        (dict(n=True), "n=True"),
+        (dict(max_new_tokens=float("nan")), "max_new_tokens=nan"),
     ],
 )
 def test_bad_settings(options, message, same):
-    with pytest.raises(ValueError, match=message):
-        HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:1], **options)
+    stored = Rollouts.from_ids([[7]], [[8]], 0)
+    for sampler, prompts in (
+        (HFSampler(same.student, same.tokenizer), same.task.test["prompt"][:1]),
+        (ReplaySampler(stored, same.tokenizer), [[7]]),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            sampler.sample(prompts, **options)
+        assert "\n" not in str(raised.value)
+
+
+def test_filters_that_leave_one_token_are_greedy(same):
+    sampler = HFSampler(same.student, same.tokenizer)
+    prompts = same.task.test["prompt"][:4]
+    greedy = sampler.sample(prompts, temperature=0, max_new_tokens=20).responses()
+    assert sampler.sample(prompts, seed=3, max_new_tokens=20).responses() != greedy
+    for narrow in ({"top_k": 1}, {"top_p": 1e-4}, {"min_p": 1.0}):
+        assert sampler.sample(prompts, seed=3, max_new_tokens=20, **narrow).responses() == greedy
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_filters_and_penalty_leave_the_recorded_log_probabilities_alone(same, temperature):
+    """The penalty counts tokens of the prompt, not its padding, and comes after the recording."""
+    encoded = encode_prompts(same.tokenizer, same.task.test["prompt"][:5])
+    prompts = [[7] * i + ids for i, ids in enumerate(encoded)]
+    sampler = HFSampler(same.student, same.tokenizer)
+    options = dict(temperature=temperature, top_p=0.9, top_k=8, min_p=0.01, max_new_tokens=25)
+    rollouts = sampler.sample(prompts, repetition_penalty=1.4, seed=5, **options)
+    assert rollouts.responses() != sampler.sample(prompts, seed=5, **options).responses()
+    expected = response_log_probs(same.student, rollouts)
+    torch.testing.assert_close(rollouts.log_probs, expected, atol=1e-5, rtol=1e-5)
+    # One by one there is no padding that a penalty could count.
+    if temperature == 0:
+        alone = [sampler.sample([ids], repetition_penalty=1.4, **options).responses()[0] for ids in prompts]
+        assert rollouts.responses() == alone
+
+
+def test_a_penalty_is_that_of_the_definition(same):
+    """Greedy with a penalty, token by token: positive logits of seen tokens divided, negative multiplied."""
+    (prompt,) = encode_prompts(same.tokenizer, same.task.test["prompt"][:1])
+    ids = list(prompt)
+    for _ in range(8):
+        with torch.no_grad():
+            logits = same.student(torch.tensor([ids])).logits[0, -1]
+        seen = torch.tensor(sorted(set(ids)))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.5, logits[seen] * 1.5)
+        ids.append(int(logits.argmax()))
+    rollouts = HFSampler(same.student, same.tokenizer).sample(
+        [prompt], temperature=0, repetition_penalty=1.5, max_new_tokens=8
+    )
+    assert rollouts.responses() == [ids[len(prompt) :]]
+
+
+def test_a_response_ends_with_the_first_stop_text(same):
+    prompts = same.task.test["prompt"][:6]
+    sampler = HFSampler(same.student, same.tokenizer)
+    whole = sampler.sample(prompts, temperature=0, max_new_tokens=40).texts(same.tokenizer)
+    settings = SamplingSettings(temperature=0, stop=("\n", "zzz"), max_new_tokens=40)
+    stopped = sampler.sample(prompts, **settings.keywords())
+    texts = stopped.texts(same.tokenizer)
+    assert texts == [text[: text.index("\n") + 1] for text in whole]
+    assert stopped.truncated(sampler.eos_token_ids).all()
+    assert not settings.truncated(stopped, same.tokenizer, sampler.eos_token_ids).any()
+    never = SamplingSettings(stop="zzz")
+    assert never.truncated(stopped, same.tokenizer, sampler.eos_token_ids).all()
+
+
+def test_settings_are_handed_on_only_where_they_differ():
+    assert SamplingSettings().keywords() == {"temperature": 1.0, "max_new_tokens": 1024}
+    settings = SamplingSettings(0.7, top_k=20, stop="###")
+    assert SamplingSettings(**settings.keywords()) == settings == SamplingSettings(**settings.stored())
+    assert settings.describe() == "temperature 0.7, top_k 20, stop at '###', at most 1,024 tokens"
+
+
+def test_settings_of_a_model_card(same):
+    same.student.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95, top_k=20, min_p=0.0)
+    found = SamplingSettings.from_generation_config(same.student, max_new_tokens=9)
+    assert found == SamplingSettings(0.6, 0.95, 20, max_new_tokens=9)
+    same.student.generation_config.update(do_sample=False, repetition_penalty=1.1, stop_strings=["###"])
+    greedy = SamplingSettings.from_generation_config(same.student)
+    assert greedy == SamplingSettings(0.0, repetition_penalty=1.1, stop=("###",))
+
+
+def test_prompts_of_different_lengths_keep_their_order(same):
+    """Batches are formed by length, and the answers are in the order of the prompts."""
+    encoded = encode_prompts(same.tokenizer, same.task.test["prompt"][:6])
+    prompts = [[7] * padding + ids for padding, ids in zip([5, 0, 3, 1, 4, 2], encoded, strict=True)]
+    sampler = HFSampler(same.student, same.tokenizer, batch_size=2)
+    rollouts = sampler.sample(prompts, n=2, temperature=0, max_new_tokens=30)
+    alone = [sampler.sample([ids], temperature=0, max_new_tokens=30) for ids in prompts]
+    assert rollouts.prompt_ids() == [ids for ids in prompts for _ in range(2)]
+    assert rollouts.responses() == [each.responses()[0] for each in alone for _ in range(2)]
+    assert len({tuple(ids) for ids in rollouts.responses()}) > 3
+    expected = response_log_probs(same.student, rollouts)
+    torch.testing.assert_close(rollouts.log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_while_sampling(training):
+    """A model in training mode writes what it writes in evaluation mode, and is left in training mode."""
+    tokenizer = embedded("same").tokenizer
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=21, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config).train(training)
+    sampler = HFSampler(model, tokenizer)
+    rollouts = sampler.sample([[4, 7, 9]], n=4, max_new_tokens=12, seed=0)
+    assert model.training is training
+    expected = response_log_probs(model.eval(), rollouts)
+    torch.testing.assert_close(rollouts.log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.5, 1.0])

@@ -282,6 +282,28 @@ def test_several_generations_of_a_prompt(same, tmp_path):
     assert len(seen) == 8 and len(set(seen)) == 4 and all(seen[i] == seen[i + 1] for i in range(0, 8, 2))
 
 
+def test_sampling_settings_reach_a_sampler_and_the_run_folder(same, tmp_path):
+    seen = []
+
+    class Listening(HFSampler):
+        def sample(self, prompts, **options):
+            seen.append(options)
+            return super().sample(prompts, **options)
+
+    def settings(**options):
+        sampler = Listening(same.student, same.tokenizer)
+        train(tmp_path, same, FullKL(), sampler, per_device_train_batch_size=2, **options)
+
+    settings(top_p=0.9, top_k=5, min_p=0.01, repetition_penalty=1.1, generation_kwargs={"stop_strings": "="})
+    expected = {"top_p": 0.9, "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1, "stop": ("=",), "n": 1}
+    assert {name: seen[0][name] for name in expected} == expected
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert "top_p 0.9, top_k 5, min_p 0.01, repetition_penalty 1.1, stop at '='" in about["sampling"]
+    for wrong in ({"generation_kwargs": {"typical_p": 0.9}}, {"top_p": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            settings(**wrong)
+
+
 def test_bfloat16_and_gradient_checkpointing(same, tmp_path):
     _, seen = train(
         tmp_path,

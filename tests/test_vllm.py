@@ -124,6 +124,29 @@ def test_five_steps_later_a_sync_brings_the_engine_after(same, tied, lora):
 
 
 @needs_vllm
+def test_filters_a_penalty_and_stop_texts_reach_the_engine(same):
+    prompts = list(same.task.test["prompt"][:8])
+    sampler = VLLMSampler(same.student, same.tokenizer)
+    plain = HFSampler(same.student, same.tokenizer)
+    penalised = dict(temperature=0, repetition_penalty=1.5, max_new_tokens=20)
+    expected = plain.sample(prompts, **penalised)
+    written = sampler.sample(prompts, **penalised)
+    assert written.responses() == expected.responses()
+    assert written.responses() != sampler.sample(prompts, temperature=0, max_new_tokens=20).responses()
+    assert largest_gap(written, same.student) < 1e-3
+    greedy = sampler.sample(prompts, temperature=0, max_new_tokens=20).responses()
+    for narrow in ({"top_k": 1}, {"top_p": 1e-4}, {"min_p": 1.0}):
+        assert sampler.sample(prompts, max_new_tokens=20, **narrow).responses() == greedy
+    stopped = sampler.sample(prompts, temperature=0, stop=("box",), max_new_tokens=40)
+    assert (
+        stopped.responses()
+        == plain.sample(prompts, temperature=0, stop=("box",), max_new_tokens=40).responses()
+    )
+    assert all("box" in text for text in stopped.texts(same.tokenizer))
+    sampler.close()
+
+
+@needs_vllm
 def test_a_tied_head_that_is_not_handed_over_by_name_stays_stale(monkeypatch):
     """The trap that `plain_weights` avoids by naming tied weights twice."""
     student = tiny_qwen3(vocab_size=4096, width=128, tie=True)

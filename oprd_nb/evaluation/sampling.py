@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Unpack, cast
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from ..core import Rollouts
 from .metrics import diversity_size, grid, problem_metrics
 from ..rollouts.prompts import encode_prompts
 from ..rollouts.samplers import Sampler
+from ..rollouts.settings import Filters, SamplingSettings, check_number
 from ..tasks.grading import extract_answer, grade_all
 from ..tasks.problems import Task
 from ..utils import bootstrap_interval, replacing
@@ -195,17 +196,24 @@ def prompt_text(messages: Sequence[dict[str, str]]) -> str:
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #ebffac21
 def sample_rows(
-    rollouts: Rollouts, sampler: Sampler, problems: Dataset, indices: Sequence[int], name: str, seconds: float
+    rollouts: Rollouts,
+    sampler: Sampler,
+    problems: Dataset,
+    indices: Sequence[int],
+    name: str,
+    seconds: float,
+    sampling: SamplingSettings,
 ) -> pd.DataFrame:
     """One row per response; `rollouts` holds equally many for each of `problems[indices]`, in that order.
 
-    `name` is that of the set, `seconds` what sampling all of them took.
+    `name` is that of the set, `seconds` what sampling all of them took, `sampling` how they were drawn.
     """
     n = len(rollouts) // len(indices)
     chosen = problems.select(indices)
     answers = [answer for answer in chosen["answer"] for _ in range(n)]
     responses = rollouts.responses()
     texts = rollouts.texts(sampler.tokenizer)
+    truncated = sampling.truncated(rollouts, sampler.tokenizer, sampler.eos_token_ids)
     columns = {
         "problem": [index for index in indices for _ in range(n)],
         "sample": list(range(n)) * len(indices),
@@ -213,7 +221,7 @@ def sample_rows(
         "answer": answers,
         "response": texts,
         "tokens": [len(ids) for ids in responses],
-        "truncated": rollouts.truncated(sampler.eos_token_ids).tolist(),
+        "truncated": truncated.tolist(),
         "correct": grade_all(texts, answers),
         "extracted": pd.Series([extract_answer(text) for text in texts], dtype=object),
         "seconds": seconds / len(responses),
@@ -245,11 +253,16 @@ def problems_mark(problems: Dataset) -> int:
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #133c802d
 def check_settings(stored: dict, requested: dict, path: Path) -> None:
-    """ValueError where the samples stored at `path` were made with other settings than those requested."""
+    """ValueError where the samples stored at `path` were made with other settings than those requested.
+
+    A file from before a sampling setting existed was made with that setting's default.
+    """
+    defaults = SamplingSettings().stored()
     for name, value in requested.items():
-        if stored.get(name) != value:
+        found = stored.get(name, defaults.get(name))
+        if found != value:
             raise ValueError(
-                f"path={str(path)!r}: holds samples with {name}={stored.get(name)!r}, "
+                f"path={str(path)!r}: holds samples with {name}={found!r}, "
                 f"but {name}={value!r} is requested; use another path or delete it"
             )
 
@@ -302,8 +315,7 @@ def problems_of(problems: Dataset | Task, name: str | None, n: int) -> tuple[Dat
     else:
         name = name or "problems"
         chosen = problems
-    if n < 1:
-        raise ValueError(f"n={n}: must be at least 1")
+    check_number("n", n, 1, whole=True)
     if chosen is None or not len(chosen):
         raise ValueError(f"task={name!r}: has no test problems; give a task with a test split, or a Dataset")
     unanswered = [i for i, answer in enumerate(chosen["answer"]) if answer is None]
@@ -316,11 +328,17 @@ def problems_of(problems: Dataset | Task, name: str | None, n: int) -> tuple[Dat
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #e0e19508
 def sample_chunks(
-    sampler: Sampler, problems: Dataset, chunks: Chunks, settings: dict, batch_size: int, progress: bool
+    sampler: Sampler,
+    problems: Dataset,
+    chunks: Chunks,
+    settings: dict,
+    sampling: SamplingSettings,
+    batch_size: int,
+    progress: bool,
 ) -> None:
     """Sample the problems that `chunks` does not have yet, about `batch_size` responses at a time.
 
-    `settings`: set, n, temperature, max_new_tokens and seed, as `evaluate` stores them.
+    `settings`: set, n and seed, as `evaluate` stores them.
     """
     finished = chunks.problems
     remaining = [i for i in range(len(problems)) if i not in finished]
@@ -335,12 +353,11 @@ def sample_chunks(
             rollouts = sampler.sample(
                 list(problems.select(indices)["prompt"]),
                 n=settings["n"],
-                temperature=settings["temperature"],
-                max_new_tokens=settings["max_new_tokens"],
                 seed=int(seed),
+                **sampling.keywords(),
             )
             seconds = time.perf_counter() - started
-            chunks.add(sample_rows(rollouts, sampler, problems, indices, name, seconds))
+            chunks.add(sample_rows(rollouts, sampler, problems, indices, name, seconds, sampling))
             bar.update(len(indices))
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000010
@@ -357,11 +374,13 @@ def evaluate(
     name: str | None = None,
     weights: int = 0,
     batch_size: int = 256,
+    **filters: Unpack[Filters],
 ) -> Evaluation:
     """Sample `n` responses to each problem, grade them, and keep them all.
 
     `problems`: a Dataset with columns prompt and answer, or a Task, whose test split is taken.
-    `max_new_tokens`: by default the task's; `ks`: the k of Best@k and Maj@k, by default `n`.
+    `max_new_tokens`: by default the task's; `filters`: top_p, top_k, min_p, repetition_penalty and stop, as
+    in `SamplingSettings`, whose `keywords()` fit here; `ks`: the k of Best@k and Maj@k, by default `n`.
     `path`: chunks of about `batch_size` responses are stored there as they are finished; a call that was cut
     off goes on, a finished one is read.
     `name`: of the set, by default the task's; `weights`: the model's `weights_mark`, checked at `path`.
@@ -370,8 +389,8 @@ def evaluate(
     chosen, name = problems_of(problems, name, n)
     if max_new_tokens is None:
         max_new_tokens = problems.max_new_tokens if isinstance(problems, Task) else Task.max_new_tokens
-    settings = {"set": name, "problems": len(chosen), "n": n, "temperature": temperature}
-    settings |= {"max_new_tokens": max_new_tokens, "seed": seed}
+    sampling = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens, **filters)
+    settings = {"set": name, "problems": len(chosen), "n": n, "seed": seed} | sampling.stored()
     if path is not None:
         path = Path(path)
         settings |= {"checksum": problems_mark(chosen), "weights": weights}
@@ -380,7 +399,7 @@ def evaluate(
             check_settings(stored, settings, path)
             return Evaluation(samples, settings, tuple(ks or stored.get("ks", ())))
     chunks = Chunks(path, settings)
-    sample_chunks(sampler, chosen, chunks, settings, batch_size, progress)
+    sample_chunks(sampler, chosen, chunks, settings, sampling, batch_size, progress)
     result = Evaluation(chunks.samples(), settings, tuple(ks or ()))
     if path is not None:
         # First the whole file: a kill between these two lines must not lose a sample.

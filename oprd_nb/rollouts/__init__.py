@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "prompts": ["PromptFormat", "encode_prompts"],
+        "settings": ["SamplingSettings"],
         "samplers": ["Sampler", "HFSampler", "ReplaySampler", "logprob_gap", "response_log_probs"],
         "vllm": ["VLLMSampler"],
     },
@@ -24,4 +25,5 @@ if TYPE_CHECKING:
         logprob_gap as logprob_gap,
         response_log_probs as response_log_probs,
     )
+    from .settings import SamplingSettings as SamplingSettings
     from .vllm import VLLMSampler as VLLMSampler

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS_NORMALISED', 'plain_weights', 'with_heads', 'fill_halves', 'fill_heads', 'import_vllm', 'engine_head_dim',
            'engine_source', 'engine_options', 'stored_generation_config', 'VLLMEngine', 'VLLMAdapters',
-           'check_same_model', 'VLLMWeights', 'VLLMWriter', 'VLLMSampler']
+           'check_same_model', 'VLLMWeights', 'engine_sampling', 'VLLMWriter', 'VLLMSampler']
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #00000002
 import copy
@@ -34,7 +34,8 @@ from transformers import (
 from ..core import Rollouts
 from ..models.loading import end_tokens, is_adapter_folder, load_model, load_tokenizer, locate_model
 from ..models.memory import head_dim_of
-from .prompts import check_sampling, repeat_prompts
+from .prompts import repeat_prompts
+from .settings import SamplingSettings, check_number
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #00000005
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -280,6 +281,26 @@ class VLLMWeights(VLLMAdapters):
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self.engine.reset_prefix_cache()
 
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #403553a1
+def engine_sampling(settings: SamplingSettings, eos_token_ids: list[int]) -> dict[str, Any]:
+    """Options of `vllm.SamplingParams` for these settings."""
+    return {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+        "repetition_penalty": settings.repetition_penalty,
+        "stop": list(settings.stop),
+        "max_tokens": settings.max_new_tokens,
+        # Our list of end tokens replaces the engine's own, which knows the tokenizer's alone.
+        "stop_token_ids": eos_token_ids,
+        "ignore_eos": True,
+        # The engine finds stop texts in what it spells; without them it need not spell.
+        "detokenize": bool(settings.stop),
+        "skip_special_tokens": False,
+        "logprobs": 0,
+    }
+
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #5d27a20b
 class VLLMWriter(VLLMWeights):
     """An engine that writes rollouts."""
@@ -289,30 +310,30 @@ class VLLMWriter(VLLMWeights):
         prompts: Sequence,
         n: int = 1,
         temperature: float = 1.0,
-        max_new_tokens: int = 512,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        max_new_tokens: int = 1024,
         seed: int = 0,
     ) -> Rollouts:
         """`n` responses per prompt, prompt by prompt, as a left-padded batch; `temperature=0` is greedy.
 
         `prompts` are chat messages or lists of token ids; `log_probs` of the result are the engine's, at
-        temperature 1. Deterministic in `seed` for the same prompts and `n`.
+        temperature 1, before any filter or penalty. Deterministic in `seed` for the same prompts and `n`.
         """
-        check_sampling(n, temperature, max_new_tokens)
-        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n)
-        settings = import_vllm().SamplingParams(
-            temperature=temperature,
-            max_tokens=max_new_tokens,
-            # Our list of end tokens replaces the engine's own, which knows the tokenizer's alone.
-            stop_token_ids=self.eos_token_ids,
-            ignore_eos=True,
-            detokenize=False,
-            logprobs=0,
+        check_number("n", n, 1, whole=True)
+        settings = SamplingSettings(
+            temperature, top_p, top_k, min_p, repetition_penalty, stop, max_new_tokens
         )
+        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n)
+        options = engine_sampling(settings, self.eos_token_ids)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             requests = self.engine.generate(
                 [{"prompt_token_ids": ids} for ids in prompt_ids],
-                settings,
+                import_vllm().SamplingParams(**options),
                 use_tqdm=False,
                 lora_request=self._adapter,
             )

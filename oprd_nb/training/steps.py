@@ -30,6 +30,7 @@ from ..objectives.objective import Losses, check_vocabularies, loss_on_pairs
 from ..objectives.terms import Objective, Term, as_objective
 from ..pairing.positions import Pairs
 from ..rollouts.samplers import Sampler, logprob_gap
+from ..rollouts.settings import SamplingSettings
 from ..teachers import Teacher
 from .batching import MicroBatch
 from .callbacks import ProgressBar, RunFolder, check_writable, log_safely
@@ -125,6 +126,8 @@ class TrainerBase(WrappedModels):
         self.objective = as_objective(objective)
         self.teacher = teacher
         self.sampler = sampler
+        # TRL's own generation takes all of its settings by itself; a sampler must be told.
+        self._sampling = SamplingSettings() if sampler is None else SamplingSettings.from_training(args)
         self.eval_sampler = eval_sampler or sampler
         check_tokenizer(model, processing_class, "student")
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
@@ -149,11 +152,12 @@ class TrainerBase(WrappedModels):
         warn_about_ends(self.model, processing_class, teacher)
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()
+        sampling = {} if sampler is None else {"sampling": self._sampling.describe()}
         held_out = {} if eval_dataset is None else {"validation_problems": len(eval_dataset)}
         self.run_folder = RunFolder(
             args.folder,
             {"method": method_and_label(self.objective)[0]} | settings_of(args) | (settings or {}),
-            about_of(self.objective, args) | held_out | (about or {}),
+            about_of(self.objective, args) | held_out | sampling | (about or {}),
             bridge,
         )
         self._replace_callbacks()
@@ -223,11 +227,7 @@ class SamplingMixin(PromptMixin):
         student = self.accelerator.unwrap_model(self.model_wrapped)
         self.sampler.sync(student)
         rollouts = self.sampler.sample(
-            prompt_ids,
-            n=1,
-            temperature=self.temperature,
-            max_new_tokens=self.args.max_completion_length,
-            seed=self._rollout_seed(),
+            prompt_ids, n=1, seed=self._rollout_seed(), **self._sampling.keywords()
         )
         if rollouts.log_probs is not None:
             # Four responses show an engine with other weights as well as all of them, in a short pass.
@@ -274,7 +274,7 @@ class RolloutMixin(SamplingMixin):
 
     def _describe_rollouts(self, rollouts: Rollouts, pairs: Pairs) -> None:
         """Lengths, truncation and coverage of a generation batch, for the log."""
-        truncated = rollouts.truncated(self.eos_token_ids)
+        truncated = self._sampling.truncated(rollouts, self._tokenizer, self.eos_token_ids)
         self.step_metrics.add("response_length/mean", rollouts.response_lengths.sum(), len(rollouts))
         self.step_metrics.add("response/truncated", truncated.sum(), len(rollouts))
         self.step_metrics.add("pairing/coverage", pairs.coverage)
