@@ -1,9 +1,13 @@
 """Prompts: what people bring, and what a model reads of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from oprd_nb.core import Rollouts
+from oprd_nb.models.pairs import embedded
 from oprd_nb.rollouts.prompts import (
     PromptFormat,
     encode_prompts,
@@ -11,6 +15,7 @@ from oprd_nb.rollouts.prompts import (
     render_prompts,
     repeat_prompts,
 )
+from oprd_nb.teachers import Teacher, asked_of_both
 
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -190,3 +195,75 @@ def test_template_files(tmp_path):
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         read_template(file)
+
+
+def rollouts_of(same, prompts, prompt_format=None, tokenizer=None):
+    """Rollouts with a fixed response."""
+    tokenizer = tokenizer or same.tokenizer
+    ids = encode_prompts(tokenizer, prompts, prompt_format)
+    answer = tokenizer.encode("96", add_special_tokens=False)
+    return Rollouts.from_ids(ids, [[*answer, tokenizer.eos_token_id]] * len(ids), 0, prompts)
+
+
+def read_by(teacher, rollouts, tokenizer, **options):
+    """The teacher's prompts as text, and its responses."""
+    inputs = teacher.read(rollouts, tokenizer, **options).teacher_inputs
+    assert inputs.responses() == rollouts.responses()
+    return [teacher.tokenizer.decode(ids) for ids in inputs.prompt_ids()]
+
+
+def test_a_teacher_with_the_student_s_template_reads_the_student_s_prompt(same):
+    teacher = Teacher(same.teacher, same.teacher_tokenizer)
+    off = PromptFormat(system="7", template=THINKING, chat_template_kwargs={"enable_thinking": False})
+    rollouts = rollouts_of(same, ["24+72"], off)
+    assert read_by(teacher, rollouts, same.tokenizer) == render_prompts(same.tokenizer, ["24+72"], off)
+
+
+@pytest.mark.parametrize("students", [None, "{{ messages[0].content }}="])
+def test_where_templates_differ_the_teacher_s_own_is_used_and_said(same, students):
+    base = embedded("same").tokenizer
+    base.chat_template = students
+    rollouts = rollouts_of(same, ["24+72", [user("1+1")]], tokenizer=base)
+    teacher = Teacher(same.teacher, same.teacher_tokenizer)
+    with pytest.warns(UserWarning, match="not its chat template.*--teacher_template"):
+        read = read_by(teacher, rollouts, base)
+    assert read == render_prompts(same.teacher_tokenizer, ["24+72", "1+1"])
+    both = asked_of_both("24+72", base, same.teacher_tokenizer)
+    assert both == {"student": "24+72" + ("=" if students else ""), "teacher": read[0]}
+
+
+def test_a_teacher_without_a_template_reads_what_the_student_read(same):
+    base = embedded("same").tokenizer
+    base.chat_template = None
+    rollouts = rollouts_of(same, ["24+72"])
+    assert read_by(Teacher(same.teacher, base), rollouts, same.tokenizer) == render_prompts(
+        same.tokenizer, ["24+72"]
+    )
+
+
+def test_a_teacher_s_own_format_and_privileged_prompts(same):
+    own = PromptFormat(system="7", template=THINKING, chat_template_kwargs={"enable_thinking": False})
+    teacher = Teacher(same.teacher, same.teacher_tokenizer, prompt_format=own)
+    rollouts = rollouts_of(same, ["24+72"])
+    assert read_by(teacher, rollouts, same.tokenizer) == ["<|system|>7<|user|>24+72<|assistant|>00"]
+    read = read_by(teacher, rollouts, same.tokenizer, prompts=["24+72=96"])
+    assert read == ["<|system|>7<|user|>24+72=96<|assistant|>00"]
+    both = asked_of_both("24+72", same.tokenizer, same.tokenizer, None, own, teacher_prompt="24+72=96")
+    assert both == {"student": render_prompts(same.tokenizer, ["24+72"])[0], "teacher": read[0]}
+
+
+def test_a_teacher_with_other_tokens_has_a_format_too():
+    pair = embedded("cross_tokenizer")
+    teacher = Teacher(pair.teacher, pair.teacher_tokenizer, prompt_format=PromptFormat(system="7"))
+    rollouts = rollouts_of(pair, ["24+72"])
+    inputs = teacher.read(rollouts, pair.tokenizer, prompts=["24+72=96"]).teacher_inputs
+    expected = encode_prompts(pair.teacher_tokenizer, ["24+72=96"], system="7")
+    assert inputs.prompt_ids() == expected
+
+
+def test_token_ids_cannot_be_asked_otherwise(same):
+    rollouts = rollouts_of(same, ["24+72"])
+    ids = replace(rollouts, prompts=None)
+    teacher = Teacher(same.teacher, same.teacher_tokenizer, prompt_format=PromptFormat(system="7"))
+    with pytest.raises(ValueError, match="rollouts.prompts is None"):
+        teacher.read(ids, same.tokenizer)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core import Positions, Rollouts
 from .token_bytes import _remembered, _token_bytes, _TokenBytes, fingerprint, vocabulary_bytes
-from ..rollouts.prompts import encode_prompts
+from ..rollouts.prompts import PromptFormat, encode_prompts, is_token_ids
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #00000006
 @dataclass
@@ -325,9 +325,11 @@ def _align_responses(
     return alignments
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #00000017
-def _teacher_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list | None) -> list[list[int]]:
-    """The teacher's ids of each prompt, through its own template. ValueError if one is not chat messages."""
-    if prompts is None or not all(isinstance(message, dict) for prompt in prompts for message in prompt):
+def _teacher_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list | None, prompt_format: PromptFormat | None = None
+) -> list[list[int]]:
+    """The teacher's ids of each prompt, in its own format. ValueError if one is token ids."""
+    if prompts is None or any(is_token_ids(prompt) for prompt in prompts):
         given = "None" if prompts is None else "token ids"
         raise ValueError(
             f"rollouts.prompts is {given}: a teacher with another tokenizer needs each prompt as chat "
@@ -335,7 +337,8 @@ def _teacher_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list | None) -
         )
     # Responses to one prompt follow each other: encode it once.
     is_new = [i == 0 or list(prompt) != list(prompts[i - 1]) for i, prompt in enumerate(prompts)]
-    encoded = encode_prompts(tokenizer, [prompt for prompt, new in zip(prompts, is_new, strict=True) if new])
+    new_prompts = [prompt for prompt, new in zip(prompts, is_new, strict=True) if new]
+    encoded = encode_prompts(tokenizer, new_prompts, prompt_format)
     return [encoded[number - 1] for number in np.cumsum(is_new)]
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #b94e8f1c
@@ -423,15 +426,17 @@ def pair_positions(
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     min_coverage: float = 0.5,
+    prompt_format: PromptFormat | None = None,
 ) -> Pairs:
     """What a teacher reads of these rollouts, and the pairing: by bytes, or the identity for one tokenizer.
 
-    Another tokenizer needs `rollouts.prompts` (chat messages), which go through the teacher's own template.
+    Another tokenizer needs `rollouts.prompts` (chat messages), which go through the teacher's own template,
+    in its `prompt_format`.
     ValueError if fewer than `min_coverage` of the response tokens are paired; a warning under 0.95.
     """
     if fingerprint(student_tokenizer) == fingerprint(teacher_tokenizer):
         return identity_pairs(rollouts)
-    prompt_ids = _teacher_prompts(teacher_tokenizer, rollouts.prompts)
+    prompt_ids = _teacher_prompts(teacher_tokenizer, rollouts.prompts, prompt_format)
     ids = rollouts.input_ids.cpu().numpy()
     positions = _response_positions(rollouts.response_mask)
     responses = [sequence[own] for sequence, own in zip(ids, positions, strict=True)]
@@ -442,10 +447,15 @@ def pair_positions(
     return pairs
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #6c088fe1
-def pair_prompted(rollouts: Rollouts, prompts: list, tokenizer: PreTrainedTokenizerBase) -> Pairs:
+def pair_prompted(
+    rollouts: Rollouts,
+    prompts: list,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+) -> Pairs:
     """Pairs with a teacher of the same tokenizer that reads the same responses after other prompts.
 
-    `prompts` (chat messages) take the place of the student's, one per rollout.
+    `prompts` (chat messages) take the place of the student's, one per rollout, in the teacher's format.
     """
     ids = rollouts.input_ids.cpu().numpy()
     positions = _response_positions(rollouts.response_mask)
@@ -453,6 +463,6 @@ def pair_prompted(rollouts: Rollouts, prompts: list, tokenizer: PreTrainedTokeni
     for sequence, own in zip(ids, positions, strict=True):
         index = np.arange(len(own) + 1)
         alignments.append(_Alignment(sequence[own].tolist(), index, np.zeros_like(index)))
-    prompt_ids = _teacher_prompts(tokenizer, prompts)
+    prompt_ids = _teacher_prompts(tokenizer, prompts, prompt_format)
     pad: Any = tokenizer.pad_token_id
     return _lay_out(rollouts, positions, prompt_ids, alignments, pad or 0)
