@@ -288,6 +288,7 @@ def test_a_summary_has_the_promised_names_and_no_warning():
         "length/mean",
         "truncated",
         "format_error",
+        "unfinished",
         "solve_none",
         "solve_all",
     ]
@@ -695,4 +696,65 @@ def test_settings_that_cannot_be_meant_are_refused_before_sampling():
     for wrong in ({"temperature": float("nan")}, {"top_p": 2.0}, {"max_new_tokens": 0}, {"n": 0.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             evaluate(sampler, questions(1), **{"n": 1} | wrong)
+    assert not sampler.calls
+
+
+def test_wrong_votes_for_the_same_are_one_party():
+    """Three votes for a half, each written differently, outvote two right ones."""
+    answers = [["1/3", r"\frac13", "1/2", "0.5", r"\frac{1}{2}"]]
+    assert maj_at_k(answers, [[True, True, False, False, False]]) == 0
+    assert maj_at_k([["1/3", "1/3", "1/2", "0.5"]], [[True, True, False, False]]) == 1 / 2
+    assert maj_at_k([["1/3", "1/3", "1/2", "0.4"]], [[True, True, False, False]]) == 1
+
+
+def test_a_right_response_without_a_box_votes():
+    """A grader of one's own may need no box."""
+    assert maj_at_k([[None, None, "8"]], [[True, True, False]]) == 1
+
+
+def test_a_grader_of_ones_own_and_its_name_in_the_file(tmp_path):
+    def whispered(response, answer):
+        return f"it is {answer}" in response
+
+    problems = questions(3)
+    path = tmp_path / "samples.parquet"
+    result = quiet(Scripted(lambda *_: "it is 7"), problems, n=2, grade_with=whispered, path=path)
+    assert result["avg@2"] == result["maj@2"] == 1
+    assert "whispered" in Evaluation.load(path).settings["grade_with"]
+    assert quiet(Scripted(lambda *_: "it is 7"), problems, n=2, grade_with="number")["avg@2"] == 1
+    assert quiet(Scripted(lambda *_: "it is 7"), problems, n=2)["avg@2"] == 0
+    with pytest.raises(ValueError, match="grade_with='number' is requested"):
+        quiet(Scripted(says), problems, n=2, grade_with="number", path=path)
+    with pytest.raises(ValueError, match="grade_with='numbr': no such grader"):
+        quiet(Scripted(says), problems, n=2, grade_with="numbr")
+
+
+def test_unfinished_thinking_is_reported_and_does_not_count():
+    def thinks(text, i, rng):
+        return "<think>\\boxed{7}" if i else "<think>hm</think>\\boxed{7}"
+
+    result = quiet(Scripted(thinks), questions(2), n=4)
+    assert result["unfinished"] == 3 / 4
+    assert result["avg@4"] == 1 / 4
+    assert quiet(Scripted(thinks), questions(2), n=4, unfinished=True)["avg@4"] == 1
+    bold = Scripted(lambda *_: "**7**")
+    assert [quiet(bold, questions(2), n=1, bold=count)["avg@1"] for count in (False, True)] == [0, 1]
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    for level in (0.02, 0.5, 0.98):
+        result = quiet(Scripted(skill(level)), questions(12), n=4, ks=(1, 2, 3, 4))
+        shares = result.summary[~result.summary["metric"].str.startswith("length")]
+        assert (shares[["value", "low", "high"]].stack().dropna().between(0, 1)).all()
+
+
+@pytest.mark.parametrize("answer", [None, "", "  "])
+def test_a_set_without_answers_is_refused_before_sampling(answer):
+    sampler = Scripted(says)
+    prompt = [{"role": "user", "content": "1"}]
+    bare = Dataset.from_dict({"prompt": [prompt] * 2, "answer": ["7", answer]})
+    with pytest.raises(ValueError, match="problem 1 has no answer"):
+        quiet(sampler, bare, n=1)
+    with pytest.raises(ValueError, match="add a column 'answer'"):
+        quiet(sampler, bare.remove_columns("answer"), n=1)
     assert not sampler.calls

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'write_samples', 'read_samples', 'SampleTable', 'SampleMetrics', 'format_metric', 'stored_rollouts',
-           'Evaluation', 'prompt_text', 'sample_rows', 'weights_mark', 'problems_mark', 'check_settings', 'Chunks',
-           'problems_of', 'sample_chunks', 'evaluate']
+           'Evaluation', 'prompt_text', 'Grading', 'sample_rows', 'weights_mark', 'problems_mark', 'check_settings',
+           'Chunks', 'problems_of', 'sample_chunks', 'evaluate']
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000002
 import json
@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Unpack, cast
@@ -31,7 +31,8 @@ from .metrics import diversity_size, grid, problem_metrics
 from ..rollouts.prompts import encode_prompts
 from ..rollouts.samplers import Sampler
 from ..rollouts.settings import Filters, SamplingSettings, check_number
-from ..tasks.grading import extract_answer, grade_all
+from ..tasks.answers import answer_kind, extract_answer
+from ..tasks.grading import Grader, grade_all, grader
 from ..tasks.problems import Task
 from ..utils import bootstrap_interval, replacing
 
@@ -194,6 +195,36 @@ def prompt_text(messages: Sequence[dict[str, str]]) -> str:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
+# %% ../../nbs/21_evaluation/02_sampling.ipynb #2e91f2ef
+@dataclass(frozen=True)
+class Grading:
+    """How responses are judged."""
+
+    grade_with: str | Grader | None = None
+    """A name or a function, see `oprd_nb.tasks.grader`; None: boxed answers, compared as mathematics."""
+    unfinished: bool = False
+    """Whether an answer inside thinking that was cut off counts."""
+    bold: bool = False
+    """Whether the last bold text counts where there is no box."""
+
+    def __post_init__(self):
+        grader(self.grade_with)  # raises for an unknown one
+
+    def grades(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Whether each response is right."""
+        return grade_all(texts, answers, self.grade_with, self.unfinished, self.bold)
+
+    def extracted(self, text: str) -> str | None:
+        """The answer that a response gives."""
+        return extract_answer(text, self.unfinished, self.bold)
+
+    def stored(self) -> dict:
+        """These settings as plain values; a function by its module and name."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        if callable(self.grade_with):
+            values["grade_with"] = f"{self.grade_with.__module__}:{self.grade_with.__qualname__}"
+        return values
+
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #ebffac21
 def sample_rows(
     rollouts: Rollouts,
@@ -203,10 +234,12 @@ def sample_rows(
     name: str,
     seconds: float,
     sampling: SamplingSettings,
+    grading: Grading = Grading(),
 ) -> pd.DataFrame:
     """One row per response; `rollouts` holds equally many for each of `problems[indices]`, in that order.
 
-    `name` is that of the set, `seconds` what sampling all of them took, `sampling` how they were drawn.
+    `name` is that of the set, `seconds` what sampling all of them took, `sampling` how they were drawn,
+    `grading` how they are judged.
     """
     n = len(rollouts) // len(indices)
     chosen = problems.select(indices)
@@ -222,8 +255,9 @@ def sample_rows(
         "response": texts,
         "tokens": [len(ids) for ids in responses],
         "truncated": truncated.tolist(),
-        "correct": grade_all(texts, answers),
-        "extracted": pd.Series([extract_answer(text) for text in texts], dtype=object),
+        "correct": grading.grades(texts, answers),
+        "extracted": pd.Series([grading.extracted(text) for text in texts], dtype=object),
+        "unfinished": [answer_kind(text) == "unfinished" for text in texts],
         "seconds": seconds / len(responses),
         "set": name,
         "step": 0,
@@ -257,7 +291,7 @@ def check_settings(stored: dict, requested: dict, path: Path) -> None:
 
     A file from before a sampling setting existed was made with that setting's default.
     """
-    defaults = SamplingSettings().stored()
+    defaults = SamplingSettings().stored() | Grading().stored()
     for name, value in requested.items():
         found = stored.get(name, defaults.get(name))
         if found != value:
@@ -318,7 +352,9 @@ def problems_of(problems: Dataset | Task, name: str | None, n: int) -> tuple[Dat
     check_number("n", n, 1, whole=True)
     if chosen is None or not len(chosen):
         raise ValueError(f"task={name!r}: has no test problems; give a task with a test split, or a Dataset")
-    unanswered = [i for i, answer in enumerate(chosen["answer"]) if answer is None]
+    if "answer" not in chosen.column_names:
+        raise ValueError(f"task={name!r}: has columns {chosen.column_names}; add a column 'answer'")
+    unanswered = [i for i, answer in enumerate(chosen["answer"]) if not str(answer or "").strip()]
     if unanswered:
         raise ValueError(
             f"task={name!r}: problem {unanswered[0]} has no answer ({len(unanswered)} have none); "
@@ -335,6 +371,7 @@ def sample_chunks(
     sampling: SamplingSettings,
     batch_size: int,
     progress: bool,
+    grading: Grading = Grading(),
 ) -> None:
     """Sample the problems that `chunks` does not have yet, about `batch_size` responses at a time.
 
@@ -357,7 +394,7 @@ def sample_chunks(
                 **sampling.keywords(),
             )
             seconds = time.perf_counter() - started
-            chunks.add(sample_rows(rollouts, sampler, problems, indices, name, seconds, sampling))
+            chunks.add(sample_rows(rollouts, sampler, problems, indices, name, seconds, sampling, grading))
             bar.update(len(indices))
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000010
@@ -374,6 +411,9 @@ def evaluate(
     name: str | None = None,
     weights: int = 0,
     batch_size: int = 256,
+    grade_with: str | Grader | None = None,
+    unfinished: bool = False,
+    bold: bool = False,
     **filters: Unpack[Filters],
 ) -> Evaluation:
     """Sample `n` responses to each problem, grade them, and keep them all.
@@ -383,6 +423,7 @@ def evaluate(
     in `SamplingSettings`, whose `keywords()` fit here; `ks`: the k of Best@k and Maj@k, by default `n`.
     `path`: chunks of about `batch_size` responses are stored there as they are finished; a call that was cut
     off goes on, a finished one is read.
+    `grade_with`, `unfinished`, `bold`: how responses are judged, see `Grading`.
     `name`: of the set, by default the task's; `weights`: the model's `weights_mark`, checked at `path`.
     ValueError for no problems, a problem without an answer, or a path whose samples have other settings.
     """
@@ -390,7 +431,9 @@ def evaluate(
     if max_new_tokens is None:
         max_new_tokens = problems.max_new_tokens if isinstance(problems, Task) else Task.max_new_tokens
     sampling = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens, **filters)
-    settings = {"set": name, "problems": len(chosen), "n": n, "seed": seed} | sampling.stored()
+    settings = {"set": name, "problems": len(chosen), "n": n, "seed": seed}
+    grading = Grading(grade_with, unfinished, bold)
+    settings |= sampling.stored() | grading.stored()
     if path is not None:
         path = Path(path)
         settings |= {"checksum": problems_mark(chosen), "weights": weights}
@@ -399,7 +442,7 @@ def evaluate(
             check_settings(stored, settings, path)
             return Evaluation(samples, settings, tuple(ks or stored.get("ks", ())))
     chunks = Chunks(path, settings)
-    sample_chunks(sampler, chosen, chunks, settings, sampling, batch_size, progress)
+    sample_chunks(sampler, chosen, chunks, settings, sampling, batch_size, progress, grading)
     result = Evaluation(chunks.samples(), settings, tuple(ks or ()))
     if path is not None:
         # First the whole file: a kill between these two lines must not lose a sample.
