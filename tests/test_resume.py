@@ -200,10 +200,13 @@ def test_a_resumed_run_says_what_changed_and_refuses_another_bridge(tmp_path):
         again = RunFolder(tmp_path, {"seed": 0}, {"versions": {"torch": "2"}}, bridge(0))
         again.on_train_begin(None, state, None)
     assert again.seconds == 2.5 and read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "seconds": 2.5}]
-    with pytest.warns(UserWarning, match="seed=1: the run that is resumed was started with 0"):
+    with pytest.raises(ValueError, match=r"seed=1 \(it was 0\): the run that is resumed was started"):
         RunFolder(tmp_path, {"seed": 1}, bridge=bridge(0)).on_train_begin(None, state, None)
+    anyway = SimpleNamespace(resume_anyway=True)
+    with pytest.warns(UserWarning, match=r"seed=1 \(it was 0\): resumed anyway"):
+        RunFolder(tmp_path, {"seed": 1}, bridge=bridge(0)).on_train_begin(anyway, state, None)
     with pytest.raises(ValueError, match="bridge: is not the one"):
-        RunFolder(tmp_path, {"seed": 1}, bridge=bridge(1)).on_train_begin(None, state, None)
+        RunFolder(tmp_path, {"seed": 1}, bridge=bridge(1)).on_train_begin(anyway, state, None)
 
 
 @pytest.mark.parametrize(

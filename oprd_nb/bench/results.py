@@ -22,7 +22,7 @@ from .methods import BACKBONES, LABELS, OURS, Shape
 from ..plots.theme import base_figure, format_bytes
 from ..runs import method_style
 from ..training.experiment import versions
-from ..utils import OKABE_ITO
+from ..utils import OKABE_ITO, write_whole
 
 # %% ../../nbs/50_bench/03_results.ipynb #b3000002
 def stamp(shape: Shape) -> dict:
@@ -41,11 +41,8 @@ def stamp(shape: Shape) -> dict:
 # %% ../../nbs/50_bench/03_results.ipynb #6300001
 def save_bench(path: str | Path, shape: Shape, **tables: pd.DataFrame) -> Path:
     """Write tables (name -> DataFrame) and their `stamp` as JSON; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = {name: table.to_dict("records") for name, table in tables.items()}
-    path.write_text(json.dumps(stamp(shape) | records, indent=1))
-    return path
+    return write_whole(path, json.dumps(stamp(shape) | records, indent=1))
 
 # %% ../../nbs/50_bench/03_results.ipynb #6300002
 _OLD_NAMES = {"floor": BACKBONES, "over_floor": "beyond_backbones"}

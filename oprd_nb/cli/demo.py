@@ -24,6 +24,7 @@ from ..plots.report import write_report
 from ..runs import RunPaths, method_style
 from ..training.config import OPRDConfig
 from ..training.experiment import METHODS, distil
+from ..utils import write_whole
 
 # %% ../../nbs/60_cli/05_demo.ipynb #26f999fb
 BEST_LEARNING_RATE = {"oprd": 3e-3, "opd-full": 3e-4, "opd-sampled": 1e-4}
@@ -117,6 +118,6 @@ def run(args: DemoArguments) -> None:
         after = accuracy_of(results["after"])
         print(f"{method_style(method).label:18} {before:.1%} -> {after:.1%}")
         summaries[method] = json.loads((out / method / "summary.json").read_text())
-    (out / "summary.json").write_text(json.dumps(summaries, indent=1))
+    write_whole(out / "summary.json", json.dumps(summaries, indent=1))
     page = write_report([out / method for method in rates], out / "report.html")
     print(f"report: {page.resolve()}")

@@ -177,7 +177,7 @@ def other_prompt(args: TrainArguments) -> Callable[[list[dict]], list[dict]] | N
     return replaced
 
 # %% ../../nbs/60_cli/03b_request.ipynb #5e14eb0d
-_NOT_PART_OF_A_RUN = ("resume", "resume_anyway", "dry_run", "check", "preset")
+_NOT_PART_OF_A_RUN = ("resume", "dry_run", "check")
 
 
 def settings_of_request(args: TrainArguments) -> dict[str, Any]:

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'ARGUMENTS', 'bridge_of', 'training_prompts', 'validation_problems', 'teacher_of', 'sampler_of',
            'accuracy_of', 'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'stages_of',
-           'check_output_dir', 'look_ahead', 'check_start', 'run']
+           'check_output_dir', 'look_ahead', 'check_start', 'check_same_settings', 'train', 'after_interrupt', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import os
+import shlex
 import sys
 import tempfile
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +40,12 @@ from ..runs import method_style
 from ..tasks.loading import load_task
 from ..tasks.problems import Task
 from ..teachers import Teacher
-from ..training.config import OPRDConfig
+from ..training.callbacks import changes_of_run, check_same_run, check_writable
+from ..training.checkpoints import checkpoints_of
+from ..training.config import OPRDConfig, settings_of
 from ..training.experiment import BRIDGE_KINDS, distil
+from ..training.interrupts import what_is_safe
+from ..training.lock import run_lock
 from ..training.trainer import OPRDTrainer
 
 # %% ../../nbs/60_cli/04_train.ipynb #41073ccd
@@ -240,6 +246,7 @@ def check_output_dir(config: OPRDConfig) -> None:
     """ValueError where no run folder is named: transformers' default would be the same for every run."""
     if config.output_dir in (None, "", "trainer_output"):
         raise ValueError("output_dir: not given; name the run folder, as in --output_dir runs/first")
+    check_writable(config.output_dir)
 
 # %% ../../nbs/60_cli/04_train.ipynb #9524b8f8
 def look_ahead(args: TrainArguments, config: OPRDConfig) -> None:
@@ -273,24 +280,24 @@ def check_start(
         )
     print("everything that a run checks when it begins is right")
 
-# %% ../../nbs/60_cli/04_train.ipynb #6108cce5
-ARGUMENTS = (TrainArguments, OPRDConfig)
+# %% ../../nbs/60_cli/04_train.ipynb #10da4eb7
+def check_same_settings(args: TrainArguments, config: OPRDConfig) -> None:
+    """ValueError where a run that is resumed was started with other settings; before a model is loaded."""
+    if checkpoints_of(config.output_dir):
+        settings = settings_of(config) | settings_of_request(args)
+        check_same_run(changes_of_run(config.output_dir, settings, {}), config.resume_anyway)
 
-
-def run(args: TrainArguments, config: OPRDConfig) -> None:
-    """Distil into `--output_dir`; with `--then`, go on from there into `<output_dir>-then-<method>`."""
-    check_methods(args)
-    if args.dry_run:
-        look_ahead(args, config)
-        return
-    if not args.check:
-        check_output_dir(config)
+# %% ../../nbs/60_cli/04_train.ipynb #a084f61b
+def train(args: TrainArguments, config: OPRDConfig) -> None:
+    """The one or two runs of a request, or with `--check` what their start checks."""
     for line in missing_from_report(args, config):
         print(line, file=sys.stderr)
     config.resume_from_checkpoint = config.resume_from_checkpoint or args.resume or None
     if args.replay and config.logprob_tolerance is None:
         # The text is not the present student's, on purpose: the gap is logged and stops nothing.
         config.logprob_tolerance = float("inf")
+    if config.resume_from_checkpoint:
+        check_same_settings(args, config)
     set_seed(config.seed)
     pair = load_pair(args, config)
     print(placement_of_run(args, config, pair))
@@ -308,3 +315,27 @@ def run(args: TrainArguments, config: OPRDConfig) -> None:
         for when, result in stage(request.method, request, settings, pair, sampler, teacher).items():
             print(f"{when}: {accuracy_of(result):.1%}")
         print(f"run folder: {Path(settings.output_dir).resolve()}")
+
+# %% ../../nbs/60_cli/04_train.ipynb #7ff84a7e
+def after_interrupt(args: TrainArguments, config: OPRDConfig) -> str:
+    """What a stopped `oprd train` has, and the command that goes on, in one line."""
+    given = [value for value in sys.argv[2:] if not value.startswith("--resume")]
+    return what_is_safe(config.output_dir or "the run", shlex.join(["oprd", "train", *given]))
+
+# %% ../../nbs/60_cli/04_train.ipynb #6108cce5
+ARGUMENTS = (TrainArguments, OPRDConfig)
+
+
+def run(args: TrainArguments, config: OPRDConfig) -> None:
+    """Distil into `--output_dir`; with `--then`, go on from there into `<output_dir>-then-<method>`."""
+    check_methods(args)
+    if args.dry_run:
+        look_ahead(args, config)
+        return
+    if args.check:
+        train(args, config)
+        return
+    check_output_dir(config)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with run_lock(config.output_dir) if is_first else nullcontext():
+        train(args, config)

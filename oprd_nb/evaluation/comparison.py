@@ -21,7 +21,7 @@ from scipy import stats
 
 from .metrics import token_diversity
 from .sampling import Evaluation, format_metric
-from ..utils import bootstrap_interval
+from ..utils import bootstrap_interval, write_whole
 
 # %% ../../nbs/21_evaluation/03_comparison.ipynb #f88f3b25
 class PairedDifference(NamedTuple):
@@ -264,7 +264,6 @@ def export_table(table: PairedTable, path: str | Path) -> list[Path]:
     else:
         # `with_suffix` would cut a name such as "v0.2".
         files = {path.with_name(path.name + ending): text for ending, text in texts.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
-        file.write_text(text, "utf-8")
+        write_whole(file, text)
     return list(files)

@@ -19,7 +19,7 @@ from .outcomes import rank_cosine
 from .page import page_html
 from .theme import base_figure, format_percent
 from ..runs import METHODS
-from ..utils import OKABE_ITO
+from ..utils import OKABE_ITO, write_whole
 
 # %% ../../nbs/30_plots/11_bridge_page.ipynb #b4100001
 def rank_scores_figure(bridge: Bridge) -> go.Figure:
@@ -200,6 +200,7 @@ def save_bridge_folder(bridge: Bridge | ReadoutBridge, folder: str | Path) -> Pa
     # Made first: a bridge whose page cannot be made leaves nothing behind.
     page = bridge_page(bridge)
     bridge.save(folder)
-    bridge.scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
-    (folder / "report.html").write_text(page, "utf-8")
+    scores = bridge.scores.to_csv(index=False, float_format="%.6g")
+    write_whole(folder / "scores.csv", scores)
+    write_whole(folder / "report.html", page)
     return folder

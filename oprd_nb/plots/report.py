@@ -24,7 +24,7 @@ from .page import TABLE_SCRIPT, chip, page_html, scroll_box
 from .theme import format_bytes, format_percent, format_time
 from ..runs.folder import Run, method_style
 from ..runs.tables import as_runs, problem_scores, summary_table, teacher_accuracy
-from ..utils import bootstrap_interval, welch_interval
+from ..utils import bootstrap_interval, welch_interval, write_whole
 
 # %% ../../nbs/30_plots/10_report.ipynb #00000007
 def lead(first: Sequence[Run], second: Sequence[Run]) -> tuple[float, float, float]:
@@ -405,7 +405,4 @@ def write_report(runs: Sequence[str | Path | Run], path: str | Path) -> Path:
     ValueError where a folder is not a run; nothing is written then.
     """
     html = report_html(as_runs(runs))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
-    return path
+    return write_whole(path, html)

@@ -176,6 +176,7 @@ class OPRDConfig(DistillationConfig):
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics.jsonl."})
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bar."})
     num_generations: int = field(default=2, metadata={"help": "Responses to each prompt in a step."})
+    resume_anyway: bool = field(default=False, metadata={"help": "Resume although settings differ."})
     eval_samples: int = field(
         default=1, metadata={"help": "Responses to each held-out problem at an evaluation step."}
     )
@@ -358,6 +359,7 @@ _ALWAYS_WRITTEN = (
 _NEVER_WRITTEN = (
     "output_dir",
     "resume_from_checkpoint",
+    "resume_anyway",
     "hub_token",
     "local_rank",
     "report_to",

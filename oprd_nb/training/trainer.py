@@ -8,6 +8,7 @@ __all__ = ['HeldOutMixin', 'EvaluationMixin', 'CheckpointMixin', 'ResumeMixin', 
 # %% ../../nbs/23_training/07_trainer.ipynb #00000002
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from oprd_nb.training.checkpoints import (
     write_manifest,
 )
 from .diagnostics import output_diagnostics, representation_diagnostics
+from .lock import run_lock
 from .steps import LossMixin, RolloutMixin, StepMixin, TrainerBase
 
 # %% ../../nbs/23_training/07_trainer.ipynb #bdfd03f2
@@ -179,10 +181,15 @@ class ResumeMixin(TrainerBase):
     ) -> TrainOutput:
         """Train; on resumption from a complete checkpoint only (see `checkpoint_to_resume`).
 
-        ValueError for one that is not.
+        ValueError for one that is not, or is another run's, or where another process writes the folder.
         """
-        checkpoint = self._chosen_checkpoint(resume_from_checkpoint)
-        return super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
+        held = run_lock(self.args.folder) if self.is_world_process_zero() else nullcontext()
+        with held:
+            checkpoint = self._chosen_checkpoint(resume_from_checkpoint)
+            if checkpoint is not None and self.is_world_process_zero():
+                # Before the weights are read: those of another student would not fit.
+                self.run_folder.compare(self.args.resume_anyway)
+            return super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
 
     def _chosen_checkpoint(self, requested: str | Path | bool | None) -> Path | None:
         """The main process's choice, or its error, in every process."""
