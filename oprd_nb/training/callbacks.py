@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_writable', 'StepClock', 'cut_metrics', 'changes', 'changes_of_run', 'check_same_run', 'check_same_bridge',
-           'remove_checkpoints', 'RunFiles', 'RunFolder', 'log_safely', 'ProgressBar']
+           'remove_checkpoints', 'RunFiles', 'RunStart', 'RunFolder', 'log_safely', 'ProgressBar']
 
 # %% ../../nbs/23_training/04_callbacks.ipynb #00000002
 import json
@@ -76,7 +76,7 @@ _MAY_DIFFER = frozenset(
     "save_total_limit save_only_model eval_steps eval_strategy eval_on_start eval_samples eval_temperature "
     "per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better test "
     "validation samples then then_learning_rate teacher_device logprob_tolerance token_budget run_name "
-    "project use_cpu dataloader_num_workers activation_checkpointing push_to_hub hub_model_id log_level".split()
+    "project use_cpu dataloader_num_workers activation_checkpointing push_to_hub hub_model_id".split()
 )
 """Settings that do not change what a run learns, or, as more steps, only how long it goes on."""
 
@@ -153,31 +153,6 @@ class RunFiles(StepClock):
         self.resumed_at = 0
         self._has_begun = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Compare with the run that is resumed, then write settings, facts and bridge.
-
-        Where the folder is another run's, that waits for the first step: nothing is named that never trained.
-        """
-        if not state.is_world_process_zero:
-            return
-        self.resumed_at = state.global_step
-        self._has_begun = False
-        self.seconds = 0.0
-        if self.resumed_at:
-            self.compare(getattr(args, "resume_anyway", False))
-        if self.resumed_at or not self.paths.config.exists():
-            self.begin()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Stop the clock; after the first step the folder is this run's."""
-        super().on_step_end(args, state, control)
-        if state.is_world_process_zero:
-            self.begin()
-
     def begin(self) -> None:
         """Write settings, facts and bridge, and keep the metrics up to the checkpoint; once per run."""
         if self._has_begun:
@@ -210,8 +185,37 @@ class RunFiles(StepClock):
         if self.bridge is not None:
             check_same_bridge(self.bridge, self.paths.bridge)
 
+# %% ../../nbs/23_training/04_callbacks.ipynb #8cf7dff8
+class RunStart(RunFiles):
+    """When those files are written: at the start in a new folder, after the first step in another run's."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Compare with the run that is resumed, then write settings, facts and bridge.
+
+        Where the folder is another run's, that waits for the first step: nothing is named that never trained.
+        """
+        if not state.is_world_process_zero:
+            return
+        self.resumed_at = state.global_step
+        self._has_begun = False
+        self.seconds = 0.0
+        if self.resumed_at:
+            self.compare(getattr(args, "resume_anyway", False))
+        if self.resumed_at or not self.paths.config.exists():
+            self.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop the clock; after the first step the folder is this run's."""
+        super().on_step_end(args, state, control)
+        if state.is_world_process_zero:
+            self.begin()
+
 # %% ../../nbs/23_training/04_callbacks.ipynb #0000000b
-class RunFolder(RunFiles):
+class RunFolder(RunStart):
     """Writes a run's settings, facts, bridge and metrics; of several processes the first one does."""
 
     def on_log(
