@@ -4,6 +4,7 @@ The sampled-token estimator against a chi-squared test.
 """
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from oprd_nb.objectives.distances import Target
 from oprd_nb.objectives.objective import loss_of, loss_on_pairs
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
-from oprd_nb.objectives.terms import Objective, TermInputs, as_objective
+from oprd_nb.objectives.terms import Objective, SupervisedSteps, Term, TermInputs, as_objective
 from oprd_nb.pairing.positions import identity_pairs
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
@@ -505,3 +506,81 @@ def test_unequal_widths_ask_for_a_bridge():
         loss_of(
             Representation(), pair.student, Teacher(pair.teacher, pair.tokenizer), rollouts, pair.tokenizer
         )
+
+
+class Sized(Term):
+    """A term of one's own that says what it must and nothing else."""
+
+    def per_position(self, inputs):
+        return inputs.student[0].square().sum(-1), {}
+
+
+def test_a_term_needs_per_position_alone(models, rollouts):
+    student, teacher = models
+    value = loss(Sized(), student, teacher, rollouts)
+    lengths = [len(response) for response in RESPONSES]
+    with torch.no_grad():
+        final = capture_each(
+            student, rollouts.input_ids, rollouts.attention_mask, {FINAL: rollouts.response_mask}
+        )[FINAL]
+    assert value.item() == pytest.approx((final.square().sum() / sum(lengths)).item())
+    with pytest.raises(TypeError, match="per_position"):
+        type("Nothing", (Term,), {})()
+
+
+def test_a_term_whose_methods_contradict_each_other_is_refused():
+    class Confused(Sized):
+        def student_layers(self, num_student_layers):
+            return [1, 2]
+
+    Sized().check_layers(4, 6)
+    message = r"Confused: student_layers says \[1, 2\], compared_layers \['final'\]"
+    with pytest.raises(ValueError, match=message):
+        Confused().check_layers(4, 6)
+
+
+def test_the_layers_read_are_those_compared():
+    class First(Sized):
+        def compared_layers(self, num_student_layers, num_teacher_layers):
+            return [(1, num_teacher_layers), (2, num_teacher_layers)]
+
+    assert First().student_layers(4) == [1, 2]
+    First().check_layers(4, 6)
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        (torch.ones(3), "returned a Tensor"),
+        ((torch.ones(()), {}), r"losses are \(\); return one number per position, \(14,\)"),
+        ((torch.ones(14), {"own/size": torch.ones(2)}), r"own/size are \(2,\)"),
+        ((torch.ones(14), {"own/size": 1.0}), "own/size are float"),
+    ],
+)
+def test_losses_of_another_shape_are_refused(result, message, models, rollouts):
+    class Wrong(Sized):
+        def per_position(self, inputs):
+            return result
+
+    with pytest.raises(ValueError, match=f"Wrong.per_position: {message}"):
+        loss(Wrong(), *models, rollouts)
+
+
+def test_ten_empty_steps_in_a_row_end_a_run():
+    steps = SupervisedSteps(FullKL() + Representation(positions="last:2"))
+    empty = torch.zeros(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps.see(torch.tensor([1.0, 1.0]))
+    with pytest.warns(UserWarning, match="for rep .positions='last:2'.: loss"):
+        steps.see(torch.tensor([3.0, 0.0]))
+    for _ in range(9):
+        with pytest.warns(UserWarning, match="for full .*, rep "):
+            steps.see(empty)
+    # A step with positions begins the count anew.
+    steps.see(torch.tensor([3.0, 1.0]))
+    for _ in range(9):
+        with pytest.warns(UserWarning):
+            steps.see(empty)
+    with pytest.raises(ValueError, match="10 steps in a row"):
+        steps.see(empty)

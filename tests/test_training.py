@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -384,6 +385,21 @@ def test_an_empty_response_is_named(same, tmp_path):
 
     with pytest.raises(ValueError, match=r"response_ids\[0\] is empty"):
         train(tmp_path, same, FullKL(), Silent(same.student, same.tokenizer), per_device_train_batch_size=4)
+
+
+def test_a_run_without_supervised_positions_ends(same, tmp_path):
+    """A bridge with maps at offsets that a shared tokenizer never has."""
+    width = same.student.config.hidden_size
+    bridge = random_bridge(width, width, seed=0)
+    bridge.header = replace(bridge.header, offsets=(3,))
+    objective = Representation(layers="1", bridge=bridge)
+    with (
+        pytest.warns(UserWarning, match=r"for rep \(positions='last:2000' at byte offsets \(3,\)"),
+        pytest.raises(ValueError, match="10 steps in a row without a supervised position"),
+    ):
+        train(tmp_path, same, objective, max_steps=12, per_device_train_batch_size=4)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) <= 9
 
 
 def test_trl_moving_is_named(monkeypatch):

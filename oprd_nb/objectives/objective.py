@@ -209,6 +209,19 @@ def _no_losses(student_states: LazyLayers) -> Losses:
     sums = [hidden.sum(-1) for hidden in student_states]
     return torch.cat([total.to(sums[0].device) for total in sums]), {}
 
+# %% ../../nbs/20_objectives/05_objective.ipynb #bf4dd48b
+def _checked(term: Term, result: object, num_positions: int) -> Losses:
+    """What a term's `per_position` returned. ValueError unless all of it has one number per position."""
+    name = f"{type(term).__name__}.per_position"
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise ValueError(f"{name}: returned a {type(result).__name__}; return (losses, metrics)")
+    losses, metrics = result
+    for key, values in {"losses": losses, **metrics}.items():
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != (num_positions,):
+            raise ValueError(f"{name}: {key} are {shape}; return one number per position, {(num_positions,)}")
+    return losses, metrics
+
 # %% ../../nbs/20_objectives/05_objective.ipynb #a5765c20
 def losses_of_terms(
     plan: CapturePlan,
@@ -228,7 +241,7 @@ def losses_of_terms(
         targets = plan.teacher_targets(number, teacher)
         following = next_tokens.flatten()[index]
         inputs = TermInputs(plan.layer_pairs[number], states, targets, following, *heads)
-        results.append(term.per_position(inputs))
+        results.append(_checked(term, term.per_position(inputs), len(index)))
     return results
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #fc6d1ee4
@@ -369,6 +382,7 @@ def loss_of(
     objective = as_objective(objective)
     check_vocabularies(objective, tokenizer, teacher.tokenizer)
     for _, term in objective.terms:
+        term.check_layers(num_layers_of(student), num_layers_of(teacher.model))
         term.check(student, teacher, tokenizer)
     pairs = teacher.read(rollouts, tokenizer)
     if counts is None:

@@ -69,7 +69,7 @@ class OutputTerm(Term):
     predicting = True
     needs_head = True
 
-    metric: str
+    metric: str = "output/loss"
     """The name under which the loss is logged."""
 
     @abstractmethod

@@ -313,7 +313,7 @@ def check_terms(
     student_width = width_of(student)
     teacher_width = width_of(teacher.model)
     for _, term in objective.terms:
-        term.compared_layers(num_layers_of(student), num_layers_of(teacher.model))
+        term.check_layers(num_layers_of(student), num_layers_of(teacher.model))
         term.check(student, teacher, tokenizer)
         needs_bridge = not term.needs_head and student_width != teacher_width
         if needs_bridge and term.bridge is None:

@@ -27,7 +27,7 @@ from ..capture import Captured
 from ..core import Rollouts, set_seed
 from ..models.loading import check_tokenizer, input_device
 from ..objectives.objective import Losses, check_vocabularies, loss_on_pairs
-from ..objectives.terms import Objective, Term, as_objective
+from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
 from ..pairing.positions import Pairs
 from ..rollouts.samplers import Sampler, logprob_gap
 from ..rollouts.settings import SamplingSettings
@@ -259,6 +259,11 @@ class SamplingMixin(PromptMixin):
 class RolloutMixin(SamplingMixin):
     """Generation, and what the teacher reads of it."""
 
+    @cached_property
+    def _supervised_steps(self) -> SupervisedSteps:
+        """Notices steps in which nothing is supervised."""
+        return SupervisedSteps(self.objective)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's generation batch, with what the teacher reads and each term's divisor over the whole step."""
         started = time.perf_counter()
@@ -267,7 +272,8 @@ class RolloutMixin(SamplingMixin):
         rollouts = rollouts_of(batch, [example["prompt"] for example in inputs])
         pairs = self.teacher.read(rollouts, self._tokenizer)
         # DDP averages gradients over processes, so each divides by its share of the step's positions.
-        counts = self.accelerator.reduce(self.objective.counts(pairs), reduction="sum")
+        counts: Any = self.accelerator.reduce(self.objective.counts(pairs), reduction="sum")
+        self._supervised_steps.see(counts)
         counts = counts / self.accelerator.num_processes
         self._describe_rollouts(rollouts, pairs)
         return batch | MicroBatch(rollouts, pairs, counts).to_batch()
