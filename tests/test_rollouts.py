@@ -12,6 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from oprd_nb.core import Rollouts
 from oprd_nb.models.loading import end_tokens, load_model
 from oprd_nb.models.pairs import embedded
+from oprd_nb.rollouts import samplers
+from oprd_nb.rollouts.batches import bytes_per_token, run_in_batches
 from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler, logprob_gap, response_log_probs
 from oprd_nb.rollouts.settings import SamplingSettings
@@ -287,3 +289,74 @@ def test_quantised_models_load_and_read(quantize):
 def test_unknown_quantisation():
     with pytest.raises(ValueError, match="quantize='int3'"):
         load_model("embedded/student", quantize="int3")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_batches_are_halved_when_memory_runs_out(same, error, monkeypatch):
+    """Every response is the one that a sampler with enough memory writes, also where a batch failed late."""
+    prompts = same.task.test["prompt"][:9]
+    expected = HFSampler(same.student, same.tokenizer).sample(prompts, n=2, max_new_tokens=30, seed=1)
+    sizes = []
+    forward = same.student.forward
+
+    def small(*args, **options):
+        ids = options.get("input_ids", args[0] if args else None)
+        sizes.append(len(ids))
+        if len(ids) > 5 and len(sizes) % 7 == 0:
+            raise error
+        return forward(*args, **options)
+
+    monkeypatch.setattr(same.student, "forward", small)
+    written = HFSampler(same.student, same.tokenizer).sample(prompts, n=2, max_new_tokens=30, seed=1)
+    assert written.responses() == expected.responses()
+    torch.testing.assert_close(written.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)
+    assert set(sizes) >= {18, 9} and max(sizes[-1:]) <= 5
+
+
+def test_one_response_that_does_not_fit_is_an_error(same, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(same.student, "forward", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:3], max_new_tokens=3)
+
+
+def test_a_response_depends_on_its_number_and_the_seed_alone(same):
+    prompts = same.task.test["prompt"][:6]
+    batches = [
+        HFSampler(same.student, same.tokenizer, batch_size=size).sample(
+            prompts, n=3, max_new_tokens=30, seed=2
+        )
+        for size in (1, 4, 256)
+    ]
+    assert batches[0].responses() == batches[1].responses() == batches[2].responses()
+    fewer = HFSampler(same.student, same.tokenizer).sample(prompts[:2], n=3, max_new_tokens=30, seed=2)
+    assert fewer.responses() == batches[0].responses()[:6]
+    assert len({tuple(ids) for ids in batches[0].responses()[:3]}) > 1
+
+
+def test_batches_fit_into_the_free_memory(same, monkeypatch):
+    monkeypatch.setattr(
+        "oprd_nb.rollouts.batches.free_memory", lambda device: 50 * bytes_per_token(same.student)
+    )
+    tried = []
+    run_in_batches(tried.append, [10] * 7 + [100], same.student, batch_size=5)
+    assert [len(batch) for batch in tried] == [4, 3, 1]
+
+
+def test_scores_are_halved_too(same, monkeypatch):
+    rollouts = HFSampler(same.student, same.tokenizer).sample(same.task.test["prompt"][:8], max_new_tokens=20)
+
+    capture = samplers.capture_each
+
+    def small(model, input_ids, *rest):
+        if len(input_ids) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return capture(model, input_ids, *rest)
+
+    monkeypatch.setattr(samplers, "capture_each", small)
+    scored = response_log_probs(same.student, rollouts)
+    torch.testing.assert_close(scored, rollouts.log_probs, atol=1e-5, rtol=1e-5)

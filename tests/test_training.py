@@ -380,7 +380,7 @@ def test_a_fully_truncated_batch_trains(same, tmp_path):
 
 def test_an_empty_response_is_named(same, tmp_path):
     class Silent(HFSampler):
-        def _generate(self, model, prompts):
+        def _generate(self, model, prompts, *rest):
             return [([], []) for _ in prompts]
 
     with pytest.raises(ValueError, match=r"response_ids\[0\] is empty"):

@@ -46,8 +46,7 @@ def avg_at_k(correct: Bool[np.ndarray, "problems samples"], k: int | None = None
 # %% ../../nbs/21_evaluation/01_metrics.ipynb #e5c79a5b
 def best_by_problem(correct: Bool[np.ndarray, "problems samples"], k: int) -> Float[np.ndarray, "problems"]:
     """For each problem, the chance that `k` of its samples, drawn without replacement, hold a right one."""
-    # Rounding can leave the probability of none a little above 1.
-    return np.clip(1 - stats.hypergeom.pmf(0, correct.shape[1], correct.sum(1), k), 0, 1)
+    return 1 - stats.hypergeom.pmf(0, correct.shape[1], correct.sum(1), k)
 
 # %% ../../nbs/21_evaluation/01_metrics.ipynb #1a83acf4
 def best_at_k(correct: Bool[np.ndarray, "problems samples"], k: int | None = None) -> float:

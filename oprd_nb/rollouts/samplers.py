@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'generation_settings', 'LogProbRecorder', 'response_length', 'left_padded', 'generation_config',
-           'RepetitionPenalty', 'StopTexts', 'HFModel', 'HFSampler', 'response_log_probs', 'logprob_gap',
-           'StoredResponses', 'ReplaySampler']
+           'RepetitionPenalty', 'processors_of', 'StopTexts', 'HFModel', 'HFSampler', 'response_log_probs',
+           'logprob_gap', 'StoredResponses', 'ReplaySampler']
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000002
 from collections import Counter
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from peft import PeftModel
@@ -22,16 +23,21 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from ..capture import FINAL, capture_each, lm_head_of
 from ..core import Positions, Rollouts
 from ..models.loading import end_tokens, input_device
+from .batches import OwnStreams, run_in_batches, uniforms
 from .prompts import repeat_prompts
 from .settings import SamplingSettings, check_number
 
@@ -75,19 +81,17 @@ class Sampler(Protocol):
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000006
 @contextmanager
-def generation_settings(model: nn.Module, config: GenerationConfig, seed: int) -> Iterator[PreTrainedModel]:
-    """For the block: evaluation mode, no gradients, only these settings, a random state of its own.
+def generation_settings(model: nn.Module, config: GenerationConfig) -> Iterator[PreTrainedModel]:
+    """For the block: evaluation mode, no gradients, only these settings.
 
-    Yields the model that `generate` is called on. Mode, settings and random state are put back at the end.
+    Yields the model that `generate` is called on. Mode and settings are put back at the end.
     """
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     was_training = model.training
     stored_config = base.generation_config
-    devices = [base.device] if base.device.type == "cuda" else []
     model.eval()
     base.generation_config = config
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with torch.no_grad():
         try:
             yield cast(PreTrainedModel, model)
         finally:
@@ -149,17 +153,13 @@ def left_padded(
 def generation_config(
     settings: SamplingSettings, eos_token_ids: list[int], pad_token_id: int
 ) -> GenerationConfig:
-    """What `generate` is told; a penalty and stop texts come as a processor and a criterion of ours."""
-    config = GenerationConfig(
+    """What `generate` is told: to take the likeliest token; `processors_of` leaves it only the one drawn."""
+    return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=eos_token_ids,
         pad_token_id=pad_token_id,
         do_sample=False,
     )
-    if settings.temperature > 0:
-        config.update(do_sample=True, temperature=settings.temperature)
-        config.update(top_p=settings.top_p, top_k=settings.top_k, min_p=settings.min_p or None)
-    return config
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #380785ca
 class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
@@ -178,6 +178,28 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
         prompts = torch.where(self._padding, input_ids[:, width - 1 : width], input_ids[:, :width])
         occurred = torch.cat([prompts, input_ids[:, width:]], dim=1)
         return cast(Tensor, super().__call__(cast(Any, occurred), cast(Any, scores)))
+
+# %% ../../nbs/06_rollouts/02_samplers.ipynb #16c018c3
+def processors_of(
+    settings: SamplingSettings,
+    attention_mask: Int[Tensor, "batch width"],
+    random: Float[np.ndarray, "batch steps"],
+) -> list[LogitsProcessor]:
+    """What happens to the logits before a token is taken, in transformers' order."""
+    found: list[LogitsProcessor] = []
+    if settings.repetition_penalty != 1:
+        found.append(RepetitionPenalty(settings.repetition_penalty, attention_mask))
+    if settings.temperature == 0:
+        return found
+    if settings.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k:
+        found.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        found.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        found.append(MinPLogitsWarper(settings.min_p))
+    return [*found, OwnStreams(random, attention_mask.shape[1], attention_mask.device)]
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #7f35e82e
 class StopTexts(StoppingCriteria):
@@ -211,7 +233,7 @@ class StopTexts(StoppingCriteria):
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #50cfb8d4
 @dataclass
 class HFModel:
-    """A model that writes with transformers' `generate`, in batches of `batch_size` responses."""
+    """A model that writes with transformers' `generate`, at most `batch_size` responses at a time."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -228,15 +250,20 @@ class HFModel:
         return cast(int, self.tokenizer.pad_token_id)
 
     def _generate(
-        self, model: PreTrainedModel, prompts: list[list[int]], settings: SamplingSettings
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        settings: SamplingSettings,
+        random: Float[np.ndarray, "batch steps"],
     ) -> list[tuple[list[int], list[float]]]:
-        """One batch: token ids and log-probabilities of the response to each prompt."""
+        """One batch: token ids and log-probabilities of the response to each prompt.
+
+        `random`: for each response the numbers that choose its tokens.
+        """
         input_ids, attention_mask = left_padded(prompts, self.pad_token_id, input_device(model))
         width = input_ids.shape[1]
         recorder = LogProbRecorder()
-        processors = LogitsProcessorList([recorder])
-        if settings.repetition_penalty != 1:
-            processors.append(RepetitionPenalty(settings.repetition_penalty, attention_mask))
+        processors = LogitsProcessorList([recorder, *processors_of(settings, attention_mask, random)])
         stops = StopTexts(self.tokenizer, settings.stop, width) if settings.stop else None
         # `generate` comes to a model class from a mixin, which the type of all models does not name.
         generate = cast(Callable[..., Tensor], model.generate)
@@ -280,24 +307,28 @@ class HFSampler(HFModel):
 
         `prompts` are chat messages or lists of token ids; `log_probs` of the result are at temperature 1,
         before any filter or penalty.
-        Deterministic in `seed` for the same prompts, `n` and batch size.
+        Deterministic in `seed` for the same prompts and `n`, up to rounding whatever the batches are.
         """
         check_number("n", n, 1, whole=True)
         settings = SamplingSettings(
             temperature, top_p, top_k, min_p, repetition_penalty, stop, max_new_tokens
         )
         prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n)
-        by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         config = generation_config(settings, self.eos_token_ids, self.pad_token_id)
+        random = [uniforms(seed, i, max_new_tokens) for i in range(len(prompt_ids))]
         responses: list[list[int]] = [[] for _ in prompt_ids]
         log_probs: list[list[float]] = [[] for _ in prompt_ids]
-        with generation_settings(self.model, config, seed) as model:
-            for start in range(0, len(prompt_ids), self.batch_size):
-                chunk = by_length[start : start + self.batch_size]
-                generated = self._generate(model, [prompt_ids[i] for i in chunk], settings)
-                for i, (ids, values) in zip(chunk, generated, strict=True):
-                    responses[i] = ids
-                    log_probs[i] = values
+
+        def write(batch: list[int]) -> None:
+            chosen = np.stack([random[i] for i in batch])
+            generated = self._generate(model, [prompt_ids[i] for i in batch], settings, chosen)
+            for i, (ids, values) in zip(batch, generated, strict=True):
+                responses[i] = ids
+                log_probs[i] = values
+
+        with generation_settings(self.model, config) as model:
+            lengths = [len(ids) + max_new_tokens for ids in prompt_ids]
+            run_in_batches(write, lengths, self.model, self.batch_size)
         return Rollouts.from_ids(prompt_ids, responses, self.pad_token_id, prompts=chat, log_probs=log_probs)
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000009
@@ -308,13 +339,14 @@ def response_log_probs(
     """Log-probability (nats, temperature 1) that `model` gives each response token.
 
     At the token's own column, 0 outside the responses, on the CPU: the convention of `Rollouts.log_probs`.
-    `batch_size` rollouts per pass.
+    At most `batch_size` rollouts per pass, fewer where they would not fit into memory.
     """
     device = next(model.parameters()).device
     head = lm_head_of(model)
-    tables = []
-    for start in range(0, len(rollouts), batch_size):
-        rows = slice(start, start + batch_size)
+    table = torch.zeros(rollouts.input_ids.shape)
+
+    def score(batch: list[int]) -> None:
+        rows = torch.tensor(batch)
         input_ids = rollouts.input_ids[rows].to(device)
         attention_mask = rollouts.attention_mask[rows].to(device)
         before = Positions("all", predicting=True).mask(rollouts.response_mask[rows].to(device))
@@ -325,9 +357,11 @@ def response_log_probs(
         for states, tokens in zip(hidden.split(1024), input_ids[own].split(1024), strict=True):
             logits = head(states)
             chosen.append(logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1))
-        table = torch.zeros(own.shape, device=device)
-        tables.append(table.masked_scatter(own, torch.cat(chosen).float()).cpu())
-    return torch.cat(tables)
+        scored = torch.zeros(own.shape, device=device).masked_scatter(own, torch.cat(chosen).float())
+        table[rows] = scored.cpu()
+
+    run_in_batches(score, [rollouts.input_ids.shape[1]] * len(rollouts), model, batch_size)
+    return table
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000010
 def logprob_gap(student: nn.Module, rollouts: Rollouts) -> float:
