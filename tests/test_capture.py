@@ -5,17 +5,23 @@ import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
 
-from oprd_nb.capture import FINAL, capture, capture_each, num_layers_of, position_ids_of
+from oprd_nb.capture import FINAL, capture, capture_each, lm_head_of, num_layers_of, position_ids_of
 from oprd_nb.core import Positions, Rollouts
 
 SMALL = dict(
@@ -199,3 +205,29 @@ def test_repeated_flat_rows_keep_their_order(rollouts):
     assert (
         states.shape[0] == 3 and torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
     )
+
+
+def with_logits_of_its_own(name):
+    """A model whose logits are more than its head's product, so much that leaving it out shows."""
+    torch.manual_seed(0)
+    if name == "soft cap":
+        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5))
+    elif name == "divided":
+        model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    else:
+        model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["soft cap", "divided", "multiplied"])
+def test_logits_are_scaled_and_capped_as_the_family_does(name, rollouts):
+    model = with_logits_of_its_own(name)
+    every = rollouts.attention_mask
+    with torch.no_grad():
+        expected = model(
+            input_ids=rollouts.input_ids, attention_mask=every.long(), position_ids=position_ids_of(every)
+        ).logits[every]
+        final = capture(model, rollouts.input_ids, every, every, [FINAL])[FINAL]
+        product = torch.nn.functional.linear(final, model.get_output_embeddings().weight)
+        torch.testing.assert_close(lm_head_of(model)(final), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(product, expected, rtol=1e-2)

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from oprd_nb.capture import FINAL, backbone_of, blocks_of, capture_each, lm_head_of
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
-from oprd_nb.objectives.distances import Target
+from oprd_nb.objectives.distances import DISTANCES, Target, position_distances
 from oprd_nb.objectives.objective import loss_of, loss_on_pairs
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
@@ -584,3 +584,24 @@ def test_ten_empty_steps_in_a_row_end_a_run():
             steps.see(empty)
     with pytest.raises(ValueError, match="10 steps in a row"):
         steps.see(empty)
+
+
+@pytest.mark.parametrize("distance", ["mse", "normalized_mse", "normalized_mse_paper", "cosine"])
+def test_half_precision_is_raised_before_it_is_compared(distance):
+    """The distance of the rounded states, not a rounded distance; the gradient is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 512, generator=generator).bfloat16()
+    teacher = (student.float() + 0.02 * torch.randn(5, 512, generator=generator)).bfloat16()
+    exact = student.double().requires_grad_()
+    expected = DISTANCES[distance](exact, teacher.double())
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    hidden = student.clone().requires_grad_()
+    trained, cosine = position_distances(hidden, Target.of(teacher.clone()), distance)
+    (gradient,) = torch.autograd.grad(trained.sum(), hidden)
+    with torch.no_grad():
+        read, same_cosine = position_distances(student, Target.of(teacher), distance)
+    assert trained.dtype == read.dtype == cosine.dtype == torch.float32
+    for values in (trained, read):
+        torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-3, atol=1e-7)
+    assert torch.equal(cosine, same_cosine) and gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.double(), slope, rtol=5e-3, atol=1e-6)

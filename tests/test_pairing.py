@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
 from oprd_nb.pairing.layers import pair_layers
-from oprd_nb.pairing.positions import _align, identity_pairs, pair_positions
+from oprd_nb.pairing.positions import Pairs, _align, identity_pairs, pair_positions
 from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
 
 TEMPLATE = (
@@ -231,3 +231,22 @@ def test_embedded_coverage_is_reported_by_offset():
         and sum(shares.values()) == pytest.approx(1.0)
         and shares[1] == pytest.approx(4 / len(rollouts.responses()[0]))
     )
+
+
+@pytest.mark.parametrize(
+    "depths, teacher_layers",
+    [((3, 4), [1, 3, 4]), ((3, 6), [1, 4, 6]), ((5, 3), [1, 2, 2, 3, 3]), ((5, 7), [1, 3, 4, 6, 7])],
+)
+def test_halves_round_up_in_eq_11(depths, teacher_layers):
+    assert [teacher for _, teacher in pair_layers(*depths)] == teacher_layers
+
+
+def test_coverage_counts_pairs_boundaries_and_offsets():
+    """Six response tokens: at a shared boundary 2, one byte past one 1, two bytes past 2, unpaired 1."""
+    rollouts = Rollouts.from_ids([[3, 4]], [[5, 6, 7, 8, 9, 2]], 0)
+    positions = torch.tensor([[-1, 1, 2, 2, 3, 3, -1, 4]])
+    offsets = torch.tensor([[0, 0, 0, 1, 2, 2, 0, 0]])
+    pairs = Pairs(rollouts, positions, offsets, rollouts.response_mask)
+    assert pairs.coverage == pytest.approx(5 / 6)
+    assert pairs.boundary_coverage == pytest.approx(2 / 6)
+    assert pairs.coverage_by_offset() == pytest.approx({0: 2 / 6, 1: 1 / 6, 2: 2 / 6})

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oprd_nb.structure.moments import CHUNK, Moments, effective_rank, pca_spectrum, planted_pair
-from oprd_nb.structure.ranks import component_r2, error_decomposition, rank_curve, suggest_rank
+from oprd_nb.structure.ranks import (
+    best_rank,
+    component_r2,
+    error_decomposition,
+    error_decrease,
+    rank_curve,
+    suggest_rank,
+    too_few_positions,
+)
 from oprd_nb.structure.ridge import fit_all, fit_ridge, fit_sgd, prefix_cosine
 from oprd_nb.utils import measured
 
@@ -467,3 +475,34 @@ def test_fits_that_do_not_belong_are_refused():
         rank_curve(moments, heldout, [1], fits=fits)
     with pytest.raises(ValueError, match="ridge=0.1: fits are given"):
         rank_curve(moments, heldout, [1], ridge=0.1, fits=fit_all(moments))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3, None])
+def test_the_error_of_a_fit_is_what_it_leaves_on_its_states(ridge):
+    student, teacher = gaussian(120)
+    moments = seen(student, teacher)[PAIR]
+    fit = fit_ridge(moments, ridge)
+    left = (fit.teacher(teacher) - fit.student(student)).square().sum(0)
+    total = fit.teacher(teacher).square().sum(0)
+    assert torch.allclose(fit.r2, 1 - left / total, atol=1e-10)
+
+
+def test_a_component_pays_where_more_than_half_of_it_is_predicted():
+    variance = torch.tensor([4.0, 2.0, 1.0])
+    for rho2, rank in (([0.5, 0.5, 0.5], 0), ([0.51, 0.5, 0.5], 1), ([0.6, 0.4, 0.95], 3), ([0.49] * 3, 0)):
+        assert best_rank(error_decrease(variance, torch.tensor(rho2))) == rank
+    assert too_few_positions(4 * 24, 24) == "" and "95 were fitted" in too_few_positions(95, 24)
+
+
+def test_noise_follows_its_seed():
+    arguments = (8, torch.linspace(3, 1, 6), torch.full((6,), 0.5), 6)
+    first, again, other = (planted_pair(*arguments, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.student, again.student) and torch.equal(first.teacher, again.teacher)
+    assert not torch.allclose(first.student, other.student)
+    moments = seen(first.student, first.teacher)
+    heldout = {PAIR: (first.student, first.teacher)}
+    curve, repeated, changed = (rank_curve(moments, heldout, [2, 6], seed=seed) for seed in (0, 0, 1))
+    assert curve.equals(repeated)
+    assert (curve["cosine_untrained"] != changed["cosine_untrained"]).all()
+    same = ["cosine", "r2", "explained_variance"]
+    assert curve[same].equals(changed[same])
