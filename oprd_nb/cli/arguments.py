@@ -170,6 +170,8 @@ def short_help(command: str, types: Sequence[type], takes_files: bool) -> str:
 MANY = 10_000_000
 LIMITS: dict[str, Range] = {
     "batch_size": (1, MANY),
+    "jsd_weight": (0, 1),
+    "k": (1, MANY),
     "limit": (0, math.inf),
     "lora": (0, 100_000),
     "max_new_tokens": (1, MANY),
