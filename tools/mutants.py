@@ -1,0 +1,231 @@
+"""Change one operator, comparison or constant of a module at a time: do the module's own tests notice?
+
+usage: mutants.py [--every N] [--first N] [--seconds S] [MODULE...]
+
+MODULE: a file under `oprd_nb`, such as `objectives/distances.py`; without any, all of `TESTS`.
+--every N: only every N-th mutant of each module, from a place that depends on the module alone.
+--first N: at most N mutants of each module.
+--seconds S: a test run that takes longer counts as having noticed (60).
+
+Prints each survivor, and one line per module. Exit code 1 for survivors that `EQUIVALENT` does not name.
+"""
+
+import argparse
+import ast
+import copy
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+TESTS = {
+    "capture.py": ["test_capture.py"],
+    "teachers.py": ["test_teachers.py", "test_prompted_teacher.py"],
+    "pairing/layers.py": ["test_pairing.py"],
+    "pairing/positions.py": ["test_pairing.py"],
+    "pairing/token_bytes.py": ["test_pairing.py"],
+    "objectives/distances.py": ["test_objectives.py"],
+    "objectives/terms.py": ["test_objectives.py"],
+    "objectives/representation.py": ["test_objectives.py", "test_bridge.py"],
+    "objectives/output_space.py": ["test_objectives.py"],
+    "objectives/objective.py": ["test_objectives.py"],
+    "structure/moments.py": ["test_structure.py"],
+    "structure/ridge.py": ["test_structure.py"],
+    "structure/ranks.py": ["test_structure.py"],
+    "bridge/base.py": ["test_bridge.py"],
+    "bridge/pca.py": ["test_bridge.py"],
+    "bridge/readout.py": ["test_bridge.py"],
+    "training/batching.py": ["test_ragged.py"],
+    "training/diagnostics.py": ["test_training.py"],
+    "evaluation/metrics.py": ["test_evaluation.py"],
+}
+"""The tests of each module."""
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+"""(module, line as it is, what took the place of a part of it): why no test can tell."""
+
+OPERATORS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+"""What takes the place of each operator."""
+
+
+@dataclass
+class Mutant:
+    """One changed expression; `start` and `end`: its first and last byte in the file."""
+
+    line: int
+    start: int
+    end: int
+    code: str
+
+
+def is_negative(node: ast.AST) -> bool:
+    """Whether this is a negative number such as -1."""
+    return (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and isinstance(node.operand, ast.Constant)
+    )
+
+
+def changed(node: ast.AST) -> ast.AST | None:
+    """The expression with another operator or constant; None where nothing is to be changed."""
+    new = copy.deepcopy(node)
+    if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OPERATORS:
+        new.op = OPERATORS[type(node.op)]()
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
+        new.ops[0] = OPERATORS[type(node.ops[0])]()
+    elif is_negative(node):
+        new.operand.value += 1
+    elif isinstance(node, ast.UnaryOp):
+        new = new.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        new.value = not node.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        new.value = node.value + 1
+    else:
+        return None
+    return new
+
+
+def expressions(node: ast.AST) -> Iterator[ast.AST]:
+    """All expressions that decide something: no annotations, no texts of errors, no `__all__`."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, ast.Raise | ast.JoinedStr):
+                continue
+            is_alias = isinstance(child, ast.Assign) and ast.unparse(child.targets[0]) == "__all__"
+            is_warning = isinstance(child, ast.Call) and ast.unparse(child.func) == "warnings.warn"
+            if is_alias or is_warning:
+                continue
+            yield child
+            if not is_negative(child):
+                yield from expressions(child)
+
+
+def mutants_of(source: str) -> list[Mutant]:
+    """Every mutant of a module, in the order of its lines."""
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found = []
+    for node in expressions(ast.parse(source)):
+        new = changed(node)
+        if new is not None:
+            start = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
+            found.append(Mutant(node.lineno, start, end, f"({ast.unparse(new)})"))
+    return sorted(found, key=lambda mutant: (mutant.start, mutant.end))
+
+
+def notices(package: Path, tests: list[str], seconds: float) -> bool:
+    """Whether the tests fail, or take longer than `seconds`, with the package in the folder `package`.
+
+    In a fork of this process, which has loaded the large libraries already.
+    """
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        sys.path.insert(0, str(package))
+        os.environ["PYTHONPATH"] = str(package)
+        import pytest
+
+        paths = [str(ROOT / "tests" / test) for test in tests]
+        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *paths])))
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status) != 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def survivors_of(module: str, package: Path, every: int, first: int | None, seconds: float) -> int:
+    """Try the mutants of one module; prints the survivors and returns how many have no explanation."""
+    path = package / "oprd_nb" / module
+    source = path.read_text()
+    lines = source.splitlines()
+    chosen = mutants_of(source)[len(module) % every :: every][:first]
+    if notices(package, TESTS[module], 10 * seconds):
+        raise SystemExit(f"{module}: its tests fail without any change")
+    survived = []
+    for mutant in chosen:
+        data = source.encode()
+        path.write_bytes(data[: mutant.start] + mutant.code.encode() + data[mutant.end :])
+        if notices(package, TESTS[module], seconds):
+            continue
+        line = lines[mutant.line - 1].strip()
+        reason = EQUIVALENT.get((module, line, mutant.code))
+        survived.append(reason)
+        print(f"survived: {module}:{mutant.line}: {line}  <-  {mutant.code}  {reason or ''}", flush=True)
+    path.write_text(source)
+    unexplained = survived.count(None)
+    print(f"{module}: {len(chosen)} mutants, {len(survived)} survived, {unexplained} unexplained", flush=True)
+    return unexplained
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)}")
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int)
+    parser.add_argument("--seconds", type=float, default=60)
+    options = parser.parse_args()
+    unknown = [module for module in options.modules if module not in TESTS]
+    if unknown:
+        parser.error(f"MODULE: {unknown} have no tests in TESTS; choose from {', '.join(TESTS)}")
+    os.chdir(ROOT)
+    import pandas  # noqa: F401  (loaded once, for all forks)
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder)
+        shutil.copytree(ROOT / "oprd_nb", package / "oprd_nb", ignore=shutil.ignore_patterns("__pycache__"))
+        sys.dont_write_bytecode = True
+        unexplained = [
+            survivors_of(module, package, options.every, options.first, options.seconds)
+            for module in options.modules or TESTS
+        ]
+    return int(any(unexplained))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
