@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core import Rollouts
 from .metrics import diversity_size, grid, problem_metrics
-from ..rollouts.prompts import encode_prompts
+from ..rollouts.prompts import PromptFormat, encode_prompts, stored_format
 from ..rollouts.samplers import Sampler
 from ..rollouts.settings import Filters, SamplingSettings, check_number
 from ..tasks.answers import answer_kind, extract_answer
@@ -137,7 +137,12 @@ def format_metric(metric: str, value: float) -> str:
     return f"{100 * value:.1f}"
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #71c9f694
-def stored_rollouts(samples: pd.DataFrame, prompts: Sequence, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
+def stored_rollouts(
+    samples: pd.DataFrame,
+    prompts: Sequence,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+) -> Rollouts:
     """The responses of a table of samples as rollouts, with their log-probabilities where the table has them.
 
     `prompts[problem]` holds the chat messages of a problem. ValueError for a table without token ids or
@@ -151,7 +156,7 @@ def stored_rollouts(samples: pd.DataFrame, prompts: Sequence, tokenizer: PreTrai
     if "token_log_probs" in samples:
         log_probs = [list(values) for values in samples["token_log_probs"]]
     responses = [list(ids) for ids in samples["token_ids"]]
-    prompt_ids = encode_prompts(tokenizer, messages)
+    prompt_ids = encode_prompts(tokenizer, messages, prompt_format)
     return Rollouts.from_ids(
         prompt_ids, responses, cast(int, tokenizer.pad_token_id), prompts=messages, log_probs=log_probs
     )
@@ -160,9 +165,11 @@ def stored_rollouts(samples: pd.DataFrame, prompts: Sequence, tokenizer: PreTrai
 class Evaluation(SampleMetrics):
     """Every sample of an evaluation, what they say about the model, and how they were made."""
 
-    def rollouts(self, prompts: Sequence, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
+    def rollouts(
+        self, prompts: Sequence, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat | None = None
+    ) -> Rollouts:
         """All responses as rollouts, in the order of the table; `prompts[problem]` are chat messages."""
-        return stored_rollouts(self.samples, prompts, tokenizer)
+        return stored_rollouts(self.samples, prompts, tokenizer, prompt_format)
 
     def save(self, path: str | Path) -> Path:
         """Write samples and settings to one parquet, atomically; returns its path."""
@@ -433,7 +440,7 @@ def evaluate(
     sampling = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens, **filters)
     settings = {"set": name, "problems": len(chosen), "n": n, "seed": seed}
     grading = Grading(grade_with, unfinished, bold)
-    settings |= sampling.stored() | grading.stored()
+    settings |= sampling.stored() | grading.stored() | stored_format(sampler)
     if path is not None:
         path = Path(path)
         settings |= {"checksum": problems_mark(chosen), "weights": weights}

@@ -410,8 +410,14 @@ class ReplaySampler:
     ValueError for a stored rollout without a response.
     """
 
-    def __init__(self, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat | None = None,
+    ):
         self.tokenizer = tokenizer
+        self.prompt_format = prompt_format
         self.eos_token_ids = [cast(int, tokenizer.eos_token_id)]
         self._stored = StoredResponses(rollouts)
 
@@ -431,7 +437,7 @@ class ReplaySampler:
         """The stored responses, cut to `max_new_tokens`; the other settings are only checked."""
         check_number("n", n, 1, whole=True)
         SamplingSettings(temperature, top_p, top_k, min_p, repetition_penalty, stop, max_new_tokens)
-        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n)
+        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n, self.prompt_format)
         try:
             chosen = self._stored.choose(prompt_ids)
         except KeyError as error:

@@ -34,7 +34,7 @@ from transformers import (
 from ..core import Rollouts
 from ..models.loading import end_tokens, is_adapter_folder, load_model, load_tokenizer, locate_model
 from ..models.memory import head_dim_of
-from .prompts import repeat_prompts
+from .prompts import PromptFormat, repeat_prompts
 from .settings import SamplingSettings, check_number
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #00000005
@@ -198,6 +198,7 @@ class VLLMEngine:
         options: dict[str, Any],
     ):
         self.tokenizer = tokenizer
+        self.prompt_format: PromptFormat | None = None
         self._lora_rank = lora_rank
         self._adapter: Any = None
         self._folder = TemporaryDirectory(prefix="vllm-")
@@ -327,7 +328,7 @@ class VLLMWriter(VLLMWeights):
         settings = SamplingSettings(
             temperature, top_p, top_k, min_p, repetition_penalty, stop, max_new_tokens
         )
-        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n)
+        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n, self.prompt_format)
         options = engine_sampling(settings, self.eos_token_ids)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
@@ -363,6 +364,7 @@ class VLLMSampler(VLLMWriter):
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora_rank: int = 0,
         dtype: str | None = None,
+        prompt_format: PromptFormat | None = None,
         **options,
     ):
         if tokenizer is None:
@@ -379,5 +381,6 @@ class VLLMSampler(VLLMWriter):
                 lora_rank, *(cast(LoraConfig, config).r for config in source.peft_config.values())
             )
         super().__init__(source, tokenizer, lora_rank, dtype, options)
+        self.prompt_format = prompt_format
         if isinstance(source, PeftModel):
             self.sync(source)

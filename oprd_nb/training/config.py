@@ -45,6 +45,7 @@ from ..utils import autocast_dtype, best_device
 # %% ../../nbs/23_training/05_config.ipynb #00000005
 _OVERRIDDEN = {
     "_generate_and_score_completions": ["inputs"],
+    "_tokenize_prompts": ["prompts"],
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields"],
     "_prepare_inputs": ["generation_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],

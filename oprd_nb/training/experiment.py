@@ -124,7 +124,11 @@ class Measurement:
         alone = self.trainer.accelerator.num_processes == 1
         if not alone or teacher.adapters_off or teacher.prompt is not None:
             return None
-        sampler = HFSampler(teacher.model, teacher.tokenizer)
+        sampler = HFSampler(
+            teacher.model,
+            teacher.tokenizer,
+            prompt_format=teacher.prompt_format or self.trainer.prompt_format,
+        )
         return self._measure(sampler, "teacher", weights_mark(teacher.model))
 
     def _measure(self, sampler: Sampler, when: str, weights: int) -> Evaluation:

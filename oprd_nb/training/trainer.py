@@ -42,7 +42,10 @@ class HeldOutMixin(TrainerBase):
     def synced_eval_sampler(self) -> Sampler:
         """What generates the answers to held-out problems, with the student's present weights."""
         student = self.accelerator.unwrap_model(self.model)
-        sampler = self.eval_sampler or HFSampler(student, self._tokenizer)
+        sampler = self.eval_sampler or HFSampler(student, self._tokenizer, prompt_format=self.prompt_format)
+        carrier: Any = sampler
+        if getattr(carrier, "prompt_format", self.prompt_format) is None:
+            carrier.prompt_format = self.prompt_format
         sampler.sync(student)
         return sampler
 
@@ -97,7 +100,8 @@ class EvaluationMixin(HeldOutMixin):
         first = samples.loc[has_tokens & (samples["sample"] == 0)].head(64)
         if first.empty:
             return {}
-        rollouts = stored_rollouts(first, prompts, self._tokenizer).to(self.accelerator.device)
+        rollouts = stored_rollouts(first, prompts, self._tokenizer, self.prompt_format)
+        rollouts = rollouts.to(self.accelerator.device)
         diagnostics: list[Callable[..., dict[str, float]]] = [output_diagnostics, representation_diagnostics]
         output, cosines = (
             self.inside(
@@ -221,6 +225,8 @@ class OPRDTrainer(EvaluationMixin, ResumeMixin, CheckpointMixin, StepMixin, Loss
     sampler: None generates as TRL is configured to (transformers, or its vLLM modes); another sampler is
         handed the student's weights and asked once per step.
     eval_sampler: for held-out problems; by default `sampler`, or transformers without one.
+    prompt_format: how the student is asked; a teacher without a format of its own follows it. A column
+        `teacher_prompt` of the training set is what the teacher is asked in place of `prompt`.
     settings, about: added to what the run folder's `config.yaml` and `about.json` say.
     trainer_options: whatever else TRL's trainer takes (`callbacks`, `optimizers`, ...).
     """
