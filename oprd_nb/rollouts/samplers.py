@@ -38,7 +38,7 @@ from ..capture import FINAL, capture_each, lm_head_of
 from ..core import Positions, Rollouts
 from ..models.loading import end_tokens, input_device
 from .batches import OwnStreams, run_in_batches, uniforms
-from .prompts import repeat_prompts
+from .prompts import PromptFormat, repeat_prompts
 from .settings import SamplingSettings, check_number
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #ae0cfb14
@@ -238,6 +238,8 @@ class HFModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 256
+    prompt_format: PromptFormat | None = None
+    """How prompts are put to it."""
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -313,7 +315,7 @@ class HFSampler(HFModel):
         settings = SamplingSettings(
             temperature, top_p, top_k, min_p, repetition_penalty, stop, max_new_tokens
         )
-        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n)
+        prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n, self.prompt_format)
         config = generation_config(settings, self.eos_token_ids, self.pad_token_id)
         random = [uniforms(seed, i, max_new_tokens) for i in range(len(prompt_ids))]
         responses: list[list[int]] = [[] for _ in prompt_ids]
