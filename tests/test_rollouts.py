@@ -177,7 +177,7 @@ def test_prompts_of_different_lengths_keep_their_order(same):
     """Batches are formed by length, and the answers are in the order of the prompts."""
     encoded = encode_prompts(same.tokenizer, same.task.test["prompt"][:6])
     prompts = [[7] * padding + ids for padding, ids in zip([5, 0, 3, 1, 4, 2], encoded, strict=True)]
-    sampler = HFSampler(same.student, same.tokenizer, batch_size=2)
+    sampler = HFSampler(same.student, same.tokenizer, batch_size=5)
     rollouts = sampler.sample(prompts, n=2, temperature=0, max_new_tokens=30)
     alone = [sampler.sample([ids], temperature=0, max_new_tokens=30) for ids in prompts]
     assert rollouts.prompt_ids() == [ids for ids in prompts for _ in range(2)]
@@ -360,3 +360,31 @@ def test_scores_are_halved_too(same, monkeypatch):
     monkeypatch.setattr(samplers, "capture_each", small)
     scored = response_log_probs(same.student, rollouts)
     torch.testing.assert_close(scored, rollouts.log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_in_bfloat16_writes_and_is_refreshed(same):
+    """Its log-probabilities are the student's up to rounding, also after a step."""
+    sampler = HFSampler(same.student, same.tokenizer, dtype=torch.bfloat16)
+    prompts = same.task.test["prompt"][:8]
+    written = sampler.sample(prompts, max_new_tokens=30)
+    assert 1e-5 < logprob_gap(same.student, written) < 0.1
+    with torch.no_grad():
+        same.student.lm_head.weight.mul_(0.2)
+    assert logprob_gap(same.student, sampler.sample(prompts, max_new_tokens=30)) > 0.1
+    sampler.sync(same.student)
+    assert logprob_gap(same.student, sampler.sample(prompts, max_new_tokens=30)) < 0.1
+    sampler.sync(same.teacher)
+    assert logprob_gap(same.teacher, sampler.sample(prompts, max_new_tokens=30)) < 0.1
+    assert {p.dtype for p in same.student.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in same.student.parameters())
+
+
+def test_a_copy_does_not_call_the_wrapped_forward_of_the_original(same):
+    """accelerate wraps a forward for mixed precision; a copy that called it would write with the original."""
+    original = same.student.forward
+    same.student.forward = lambda *args, **options: original(*args, **options)
+    sampler = HFSampler(same.student, same.tokenizer, dtype=torch.bfloat16)
+    with torch.no_grad():
+        same.student.lm_head.weight.zero_()
+    written = sampler.sample(same.task.test["prompt"][:2], temperature=0, max_new_tokens=5)
+    assert (written.log_probs[written.response_mask] > -1).any(), "the copy kept its head"

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'generation_settings', 'LogProbRecorder', 'response_length', 'left_padded', 'generation_config',
-           'RepetitionPenalty', 'processors_of', 'StopTexts', 'HFModel', 'HFSampler', 'response_log_probs',
-           'logprob_gap', 'StoredResponses', 'ReplaySampler']
+           'RepetitionPenalty', 'processors_of', 'StopTexts', 'TokenCounter', 'HFModel', 'copy_in', 'refresh', 'HFCopy',
+           'HFSampler', 'response_log_probs', 'logprob_gap', 'StoredResponses', 'ReplaySampler']
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000002
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -230,6 +232,20 @@ class StopTexts(StoppingCriteria):
         first = found.int().argmax(dim=1) + 1
         return torch.where(found.any(dim=1), first, found.shape[1]).tolist()
 
+# %% ../../nbs/06_rollouts/02_samplers.ipynb #87110394
+class TokenCounter(LogitsProcessor):
+    """Moves a progress bar by one token per response and step."""
+
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch time"], scores: Float[Tensor, "batch vocabulary"]
+    ) -> Float[Tensor, "batch vocabulary"]:
+        """The scores, unchanged."""
+        self._bar.update(len(scores))
+        return scores
+
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #50cfb8d4
 @dataclass
 class HFModel:
@@ -265,16 +281,20 @@ class HFModel:
         input_ids, attention_mask = left_padded(prompts, self.pad_token_id, input_device(model))
         width = input_ids.shape[1]
         recorder = LogProbRecorder()
-        processors = LogitsProcessorList([recorder, *processors_of(settings, attention_mask, random)])
+        drawing = processors_of(settings, attention_mask, random)
+        # The bar is off where no terminal would show it.
+        bar = tqdm(desc="writing", unit="token", unit_scale=True, leave=False, disable=None)
+        processors = LogitsProcessorList([recorder, TokenCounter(bar), *drawing])
         stops = StopTexts(self.tokenizer, settings.stop, width) if settings.stop else None
         # `generate` comes to a model class from a mixin, which the type of all models does not name.
         generate = cast(Callable[..., Tensor], model.generate)
-        output = generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([stops] if stops else []),
-        )
+        with bar:
+            output = generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([stops] if stops else []),
+            )
         generated = output[:, width:]
         limits = stops.lengths() if stops else [generated.shape[1]] * len(prompts)
         recorded = recorder.of(generated).tolist()
@@ -284,13 +304,59 @@ class HFModel:
             responses.append((ids[:length], log_probs[:length]))
         return responses
 
-# %% ../../nbs/06_rollouts/02_samplers.ipynb #00000007
-class HFSampler(HFModel):
-    """Samples with transformers' `generate`: `HFSampler(model, tokenizer, batch_size=256)`."""
+# %% ../../nbs/06_rollouts/02_samplers.ipynb #1f17333b
+def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model with parameters in `dtype` that need no gradient, for writing.
+
+    ValueError for a quantised model or one that is split over devices.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None):
+        raise ValueError(f"dtype={dtype}: a quantised or split model cannot be copied; leave dtype away")
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        # A trainer may have wrapped the forward of the original; the wrapper would call the original.
+        module.__dict__.pop("forward", None)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    return copied
+
+
+@torch.no_grad()
+def refresh(copied: nn.Module, model: nn.Module) -> None:
+    """Take over the present weights of the model that was copied."""
+    for own, new in zip(copied.parameters(), model.parameters(), strict=True):
+        own.copy_(new)
+
+# %% ../../nbs/06_rollouts/02_samplers.ipynb #4b3e3f24
+@dataclass
+class HFCopy(HFModel):
+    """A model that writes itself, or by a copy in `dtype` (None: itself)."""
+
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        self.writer = self.model if self.dtype is None else copy_in(self.model, self.dtype)
 
     def sync(self, student: nn.Module) -> None:
-        """Sample from `student` from now on: the very object, so its weights are never stale."""
+        """Sample from `student` from now on: from the very object, or from its copy, which is refreshed."""
+        known = student is self.model
         self.model = student
+        if self.dtype is None:
+            self.writer = student
+        elif known:
+            refresh(self.writer, student)
+        else:
+            self.writer = copy_in(student, self.dtype)
+
+# %% ../../nbs/06_rollouts/02_samplers.ipynb #00000007
+class HFSampler(HFCopy):
+    """Samples with transformers' `generate`: `HFSampler(model, tokenizer, batch_size=256)`.
+
+    `dtype=torch.bfloat16` writes with a copy in this precision, refreshed at `sync`; training logs its gap
+    to the student and needs a `logprob_tolerance` that allows it. A terminal shows how many tokens are
+    written.
+    """
 
     def sample(
         self,
@@ -328,9 +394,9 @@ class HFSampler(HFModel):
                 responses[i] = ids
                 log_probs[i] = values
 
-        with generation_settings(self.model, config) as model:
+        with generation_settings(self.writer, config) as model:
             lengths = [len(ids) + max_new_tokens for ids in prompt_ids]
-            run_in_batches(write, lengths, self.model, self.batch_size)
+            run_in_batches(write, lengths, self.writer, self.batch_size)
         return Rollouts.from_ids(prompt_ids, responses, self.pad_token_id, prompts=chat, log_probs=log_probs)
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000009
