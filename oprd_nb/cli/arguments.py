@@ -96,6 +96,10 @@ class CommandParser(HfArgumentParser):
 
     def check_known(self, argv: Sequence[str]) -> None:
         """ValueError for the first flag or value that no setting takes."""
+        for entry in argv:
+            if entry.endswith("=--"):
+                # argparse reads it as no value at all.
+                raise ValueError(f"{entry[2:-3]}='--': is no value; `{self.prog} --help` lists the settings")
         _, unknown = self.parse_known_args(argv)
         if not unknown:
             return

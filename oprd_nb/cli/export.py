@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
+from .arguments import check_placement
 from ..training.export import export_model
 
 # %% ../../nbs/60_cli/08_export.ipynb #67e2db19
@@ -21,6 +22,7 @@ class ExportArguments:
     run: str = HfArg(help="Run folder.")
     out: str = HfArg(default="", help="The model folder; by default RUN/export.")
     merge: bool = HfArg(default=True, help="Merge adapters into the weights.")
+    device: str = HfArg(default="cpu", help="Where adapters are merged: cpu, auto, cuda:1.")
 
 # %% ../../nbs/60_cli/08_export.ipynb #363755ec
 ARGUMENTS = (ExportArguments,)
@@ -28,5 +30,6 @@ ARGUMENTS = (ExportArguments,)
 
 def run(args: ExportArguments) -> None:
     """Export and print where the model is."""
-    model = export_model(args.run, args.out or Path(args.run) / "export", args.merge)
+    check_placement("auto", args.device)
+    model = export_model(args.run, args.out or Path(args.run) / "export", args.merge, device=args.device)
     print(f"model: {Path(model).resolve()}")

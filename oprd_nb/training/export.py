@@ -89,12 +89,13 @@ def export_model(
     merge: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
 ) -> Path:
     """Write a plain model folder: weights, configurations, tokenizer and chat template; returns its path.
 
     source: a run folder, a checkpoint, a model or adapter folder, a hub id, or a model in memory with its
         `tokenizer`.
-    merge: add adapters to the weights; False keeps adapters as adapters.
+    merge: add adapters to the weights; False keeps adapters as adapters. device: where that is computed.
     ValueError for an `out` that exists or a source that cannot be used; then nothing is written.
     """
     out = Path(out)
@@ -104,7 +105,7 @@ def export_model(
     if isinstance(source, str | Path):
         folder = model_folder(source)
         tokenizer = tokenizer or load_tokenizer(folder)
-        source = load_model(folder, dtype=dtype, device="cpu")
+        source = load_model(folder, dtype=dtype, device=device)
     elif tokenizer is None:
         raise ValueError("tokenizer=None: a model in memory comes without its tokenizer; give it")
     check_tokenizer(source, tokenizer, "model")
