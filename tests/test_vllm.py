@@ -17,7 +17,7 @@ from oprd_nb.evaluation.sampling import evaluate
 from oprd_nb.models.loading import load_model, load_tokenizer
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, response_log_probs
-from oprd_nb.rollouts.vllm import VLLMSampler, fill_heads, plain_weights, with_heads
+from oprd_nb.rollouts.vllm import VLLMSampler, fill_heads, largest_rank, plain_weights, with_heads
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.export import export_model
@@ -68,6 +68,11 @@ def test_what_cannot_be_handed_over_is_refused(same):
     other.model_type = "gpt_neox"
     with pytest.raises(ValueError, match="cannot be filled up"):
         with_heads(other, 32)
+
+
+def test_the_largest_rank_counts_modules_with_ranks_of_their_own():
+    assert largest_rank(LoraConfig(r=8, rank_pattern={"q_proj": 4, "down_proj": 32})) == 32
+    assert largest_rank(LoraConfig(r=8, rank_pattern={"q_proj": 4})) == 8
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="for an environment without vLLM")

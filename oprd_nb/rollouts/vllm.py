@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS_NORMALISED', 'plain_weights', 'with_heads', 'fill_halves', 'fill_heads', 'import_vllm', 'engine_head_dim',
-           'engine_source', 'engine_options', 'stored_generation_config', 'VLLMEngine', 'VLLMAdapters',
+           'engine_source', 'largest_rank', 'engine_options', 'stored_generation_config', 'VLLMEngine', 'VLLMAdapters',
            'check_same_model', 'VLLMWeights', 'engine_sampling', 'VLLMWriter', 'VLLMSampler']
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #00000002
@@ -162,6 +162,11 @@ def engine_source(model: str | Path | nn.Module, dtype: str) -> str | nn.Module:
         return load_model(path, dtype=dtype, device="cpu")
     return path
 
+# %% ../../nbs/06_rollouts/03_vllm.ipynb #59d15e25
+def largest_rank(adapters: LoraConfig) -> int:
+    """The largest rank that adapters have anywhere: single modules may have ranks of their own."""
+    return max([adapters.r, *adapters.rank_pattern.values()])
+
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #681d0a52
 def engine_options(lora_rank: int, options: dict[str, Any]) -> dict[str, Any]:
     """Options of `vllm.LLM`: our defaults, adapters of up to `lora_rank` (0: none), then `options`."""
@@ -233,10 +238,11 @@ class VLLMAdapters(VLLMEngine):
     def _swap_adapters(self, student: PeftModel) -> None:
         """Write the student's adapters as a folder, hand it to the engine, and remove the ones before."""
         adapters = cast(LoraConfig, student.active_peft_config)
-        if adapters.r > self._lora_rank:
+        rank = largest_rank(adapters)
+        if rank > self._lora_rank:
             raise ValueError(
-                f"student: has adapters of rank {adapters.r}, the engine takes up to rank {self._lora_rank}; "
-                f"start it with lora_rank={adapters.r}"
+                f"student: has adapters of rank {rank}, the engine takes up to rank {self._lora_rank}; "
+                f"start it with lora_rank={rank}"
             )
         config = cast(PreTrainedModel, student).config
         weights = fill_heads(get_peft_model_state_dict(student), config, engine_head_dim(config))
@@ -378,7 +384,7 @@ class VLLMSampler(VLLMWriter):
         source = engine_source(model, dtype)
         if isinstance(source, PeftModel):
             lora_rank = max(
-                lora_rank, *(cast(LoraConfig, config).r for config in source.peft_config.values())
+                lora_rank, *(largest_rank(cast(LoraConfig, config)) for config in source.peft_config.values())
             )
         super().__init__(source, tokenizer, lora_rank, dtype, options)
         self.prompt_format = prompt_format
