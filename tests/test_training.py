@@ -10,11 +10,12 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from short_runs import short_run
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DistillationTrainer
 
 from oprd_nb.bridge.pca import Bridge
 from oprd_nb.core import Rollouts
+from oprd_nb.models.loading import load_model
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
@@ -381,6 +382,7 @@ def test_a_fully_truncated_batch_trains(same, tmp_path):
 def test_an_empty_response_is_named(same, tmp_path):
     class Silent(HFSampler):
         def _generate(self, model, prompts, *rest):
+        def _generate(self, model, prompts, *_):
             return [([], []) for _ in prompts]
 
     with pytest.raises(ValueError, match=r"response_ids\[0\] is empty"):
@@ -506,3 +508,64 @@ def test_two_bridges_are_refused_before_anything_is_written(tmp_path):
             processing_class=pair.tokenizer,
         )
     assert not folder.exists()
+
+
+# precision and temperature
+
+
+def stored_in_bfloat16():
+    """A student with SmolLM2's building blocks, four layers of them, stored in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=21,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def test_all_weights_of_a_model_stored_in_bfloat16_move(same, tmp_path):
+    stored_in_bfloat16().save_pretrained(tmp_path / "stored")
+    student = load_model(tmp_path / "stored", train=True)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    same.student = student
+    train(tmp_path / "run", same, Representation(), max_steps=2, learning_rate=1e-5, bf16=True)
+    blocks = [name for name in before if ".layers." in name]
+    changed = sum(int((student.get_parameter(name) != before[name]).sum()) for name in blocks)
+    assert changed >= 0.99 * sum(before[name].numel() for name in blocks)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_trainable_parameters_in_16_bits_are_refused(same, tmp_path):
+    same.student = stored_in_bfloat16()
+    with pytest.raises(
+        ValueError, match=r"trainable parameters are bfloat16 .*load_model\(..., train=True\)"
+    ):
+        train(tmp_path, same, Representation())
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_autocast_reaches_the_loss_and_the_teacher(same, tmp_path, bf16):
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen.setdefault(name, set()).add(output.dtype)
+
+        return hook
+
+    for name, model in (("student", same.student), ("teacher", same.teacher)):
+        model.model.layers[1].mlp.register_forward_hook(note(name))
+    replay = ReplaySampler(
+        HFSampler(same.student, same.tokenizer).sample(same.task.train["prompt"][:8], max_new_tokens=24),
+        same.tokenizer,
+    )
+    seen.clear()
+    settings = dict(bf16=bf16, per_device_train_batch_size=8, logprob_tolerance=float("inf"))
+    train(tmp_path, same, Representation() + FullKL(), sampler=replay, prompts=8, **settings)
+    assert seen["teacher"] == {torch.bfloat16 if bf16 else torch.float32}
+    assert (torch.bfloat16 in seen["student"]) == bf16

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Losses', 'Result', 'LazyLayers', 'ReadPositions', 'union_of', 'PlannedPositions', 'CapturePlan', 'positions_by_layer',
-           'plan_capture', 'TermLosses', 'losses_of_terms', 'call', 'position_losses', 'reduce_losses', 'loss_on_pairs',
-           'check_vocabularies', 'loss_of']
+           'plan_capture', 'TermLosses', 'losses_of_terms', 'call', 'at_temperature', 'position_losses',
+           'reduce_losses', 'loss_on_pairs', 'check_vocabularies', 'loss_of']
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #00000002
 from collections import Counter
@@ -252,6 +252,13 @@ def call(ask: Callable[[], Result]) -> Result:
     """`ask()`: how a model without a wrapper is run."""
     return ask()
 
+# %% ../../nbs/20_objectives/05_objective.ipynb #1ac3bd75
+def at_temperature(head: Head, temperature: float) -> Head:
+    """`head` with its logits divided by `temperature`."""
+    if temperature == 1:
+        return head
+    return lambda hidden: head(hidden) / temperature
+
 # %% ../../nbs/20_objectives/05_objective.ipynb #72098dac
 def position_losses(
     objective: Objective,
@@ -263,12 +270,14 @@ def position_losses(
     next_ids: Int[Tensor, "batch time"] | None = None,
     run_teacher: Callable[[Callable[[], Captured]], Captured] = call,
     run_student: Callable[[Callable[[], list[Losses]]], list[Losses]] = call,
+    temperature: float = 1.0,
 ) -> list[TermLosses]:
     """What each term says about each of its positions, from one pass of each model.
 
     `pairs`: what the teacher reads of `rollouts`.
     `next_ids`: in place of `rollouts.input_ids` where the tokens that follow each prefix are drawn anew.
     `run_teacher`, `run_student`: call the function they are given inside a wrapper's forward.
+    `temperature`: what both models' logits are divided by, in terms that read logits.
     Rollouts and pairs may be anywhere: they follow the student, and so do the losses.
     """
     device = input_device(student)
@@ -288,7 +297,10 @@ def position_losses(
         )
         heads = (no_head, no_head)
         if objective.needs_head:
-            heads = (lm_head_of(student), lm_head_of(teacher.model))
+            heads = (
+                at_temperature(lm_head_of(student), temperature),
+                at_temperature(lm_head_of(teacher.model), temperature),
+            )
         return losses_of_terms(plan, states, teacher_states, heads, next_tokens)
 
     teacher_states = run_teacher(ask_teacher)
@@ -374,10 +386,12 @@ def loss_of(
     rollouts: Rollouts,
     tokenizer: PreTrainedTokenizerBase,
     counts: Float[Tensor, "terms"] | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """Loss and mean metrics of `student` against `teacher` on `rollouts`; `tokenizer` is the student's.
 
-    `counts` default to this batch's own. ValueError if a term cannot compare these models.
+    `counts` default to this batch's own; `temperature` divides the logits of both models.
+    ValueError if a term cannot compare these models.
     """
     objective = as_objective(objective)
     check_vocabularies(objective, tokenizer, teacher.tokenizer)
@@ -387,7 +401,9 @@ def loss_of(
     pairs = teacher.read(rollouts, tokenizer)
     if counts is None:
         counts = objective.counts(pairs)
-    loss, metrics = loss_on_pairs(objective, student, teacher, rollouts, pairs, counts)
+    loss, metrics = loss_on_pairs(
+        objective, student, teacher, rollouts, pairs, counts, temperature=temperature
+    )
     if not metrics:
         return loss, {}
     totals = torch.stack([total for total, _ in metrics.values()]).tolist()

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_trl', 'check_max_steps', 'check_mappings', 'check_loggers', 'prepare_settings', 'OPRDConfig',
-           'logprob_tolerance_of', 'freeze_unused', 'warn_about_ends', 'check_shared', 'check_dataset', 'check_terms',
-           'bridge_of', 'settings_of', 'method_of_term', 'method_and_label', 'device_in_words', 'about_of']
+           'logprob_tolerance_of', 'freeze_unused', 'check_precision', 'warn_about_ends', 'check_shared',
+           'check_dataset', 'check_terms', 'bridge_of', 'settings_of', 'method_of_term', 'method_and_label',
+           'device_in_words', 'about_of']
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
@@ -252,6 +253,21 @@ def freeze_unused(model: nn.Module, objective: Objective | Term) -> list[str]:
     for p in unreached:
         p.requires_grad_(False)
     return names
+
+# %% ../../nbs/23_training/05_config.ipynb #2d989017
+def check_precision(model: nn.Module) -> None:
+    """ValueError for trainable parameters in 16 bits: most of their updates would be rounded away."""
+    narrow = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if narrow:
+        dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"model: {len(narrow)} trainable parameters are {dtype} (such as {narrow[0]}), which rounds most "
+            "updates away; load it with load_model(..., train=True), or call model.float()"
+        )
 
 # %% ../../nbs/23_training/05_config.ipynb #09c1ba27
 def warn_about_ends(student: nn.Module, student_tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> None:

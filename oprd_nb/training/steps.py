@@ -41,6 +41,7 @@ from oprd_nb.training.config import (
     about_of,
     bridge_of,
     check_dataset,
+    check_precision,
     check_shared,
     check_terms,
     check_trl,
@@ -188,6 +189,7 @@ class TrainerBase(AskedSides):
             model = get_peft_model(model, peft_config)
         check_shared(model, teacher)
         freeze_unused(model, self.objective)
+        check_precision(model)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -350,16 +352,19 @@ class LossMixin(TrainerBase):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on this micro-batch, already divided by what the whole optimizer step supervises."""
-        loss, metrics = loss_on_pairs(
-            self.objective,
-            self.accelerator.unwrap_model(model),
-            self.teacher,
-            inputs.rollouts,
-            inputs.pairs,
-            inputs.counts,
-            run_teacher=self._run_teacher,
-            run_student=partial(self._run_student, model),
-        )
+        # Accelerate puts its autocast on `model.forward`, which the redirected forward does not call.
+        with self.accelerator.autocast():
+            loss, metrics = loss_on_pairs(
+                self.objective,
+                self.accelerator.unwrap_model(model),
+                self.teacher,
+                inputs.rollouts,
+                inputs.pairs,
+                inputs.counts,
+                run_teacher=self._run_teacher,
+                run_student=partial(self._run_student, model),
+                temperature=self.args.temperature,
+            )
         for name, (total, number) in metrics.items():
             self.step_metrics.add(name, total, number)
         return (loss, None) if return_outputs else loss
