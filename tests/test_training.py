@@ -381,7 +381,6 @@ def test_a_fully_truncated_batch_trains(same, tmp_path):
 
 def test_an_empty_response_is_named(same, tmp_path):
     class Silent(HFSampler):
-        def _generate(self, model, prompts, *rest):
         def _generate(self, model, prompts, *_):
             return [([], []) for _ in prompts]
 

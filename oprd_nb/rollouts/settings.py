@@ -134,7 +134,7 @@ class TrainingSettings(Protocol):
     min_p: float | None
     repetition_penalty: float
     max_completion_length: int
-    generation_kwargs: dict | None
+    generation_kwargs: Any
 
 
 def stop_of(generation_kwargs: dict | None) -> Sequence[str]:

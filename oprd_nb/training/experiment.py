@@ -142,7 +142,7 @@ class Measurement:
             temperature=args.eval_temperature,
             max_new_tokens=args.max_completion_length,
             seed=args.seed,
-            name=self.trainer.run_folder.about.get("task"),
+            name=str(self.trainer.run_folder.about.get("task") or "") or None,
             path=RunPaths(args.folder).eval(when) if is_main else None,
             progress=is_main and not args.disable_tqdm,
             weights=weights,
