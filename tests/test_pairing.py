@@ -6,6 +6,7 @@ There tokens split characters, and some text cannot be trusted.
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -250,3 +251,19 @@ def test_coverage_counts_pairs_boundaries_and_offsets():
     assert pairs.coverage == pytest.approx(5 / 6)
     assert pairs.boundary_coverage == pytest.approx(2 / 6)
     assert pairs.coverage_by_offset() == pytest.approx({0: 2 / 6, 1: 1 / 6, 2: 2 / 6})
+
+
+def test_a_byte_fallback_student_cut_inside_a_character_keeps_those_before():
+    """Its decoder turns a run of bytes with an unfinished character into no character at all."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from oprd_nb.pairing.positions import _response_of
+
+    vocabulary = {"<unk>": 0, "a": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    rules = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    rules.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="<unk>")
+    ids = np.array(tokenizer.encode("a漢字漢字漢", add_special_tokens=False)[:-1])
+    assert len(ids) == 1 + 5 * 3 - 1
+    assert _response_of(ids, tokenizer).text == "a漢字漢字"
