@@ -226,7 +226,7 @@ def _response_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> _Respon
     data, lengths = _join_bytes(ids, table)
     if table.exact:
         return _Response(_whole_characters(data), data, lengths)
-    # A run of byte tokens that ends inside a character is decoded to no character: leave the unfinished one out.
+    # A run of byte tokens that ends inside a character is decoded to nothing: leave the unfinished one out.
     num_whole_bytes = len(_whole_characters(data).encode())
     num_whole = int(np.searchsorted(lengths.cumsum(), num_whole_bytes, side="right"))
     decoded: Any = tokenizer.decode(ids[:num_whole], clean_up_tokenization_spaces=False)
