@@ -165,7 +165,7 @@ def engine_source(model: str | Path | nn.Module, dtype: str) -> str | nn.Module:
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #59d15e25
 def largest_rank(adapters: LoraConfig) -> int:
     """The largest rank that adapters have anywhere: single modules may have ranks of their own."""
-    return max([adapters.r, *adapters.rank_pattern.values()])
+    return max([adapters.r, *(adapters.rank_pattern or {}).values()])
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #681d0a52
 def engine_options(lora_rank: int, options: dict[str, Any]) -> dict[str, Any]:
