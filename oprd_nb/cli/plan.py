@@ -8,7 +8,6 @@ __all__ = ['PAPER_SHAPE', 'CARDS', 'configuration_of', 'model_line', 'asked', 'a
 
 # %% ../../nbs/60_cli/03c_plan.ipynb #fb531349
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, Qwen2Config

@@ -9,7 +9,7 @@ __all__ = ['MethodArguments', 'TermArguments', 'ModelArguments', 'DataArguments'
 
 # %% ../../nbs/60_cli/03b_request.ipynb #9b3b809a
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from transformers.hf_argparser import HfArg

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
