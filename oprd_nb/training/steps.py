@@ -148,10 +148,7 @@ class AskedSides(WrappedModels):
 
 # %% ../../nbs/23_training/06_steps.ipynb #bab8f6e8
 class TrainerBase(AskedSides):
-    """A student, its teacher and an objective, checked and prepared; what the classes below share.
-
-    `settings` and `about` are added to those of `args` and `objective` in the run folder.
-    """
+    """A student, its teacher and an objective, checked; `settings` and `about` also reach the run folder."""
 
     def __init__(
         self,
