@@ -19,6 +19,7 @@ from oprd_nb.models.loading import load_model
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
@@ -568,3 +569,15 @@ def test_autocast_reaches_the_loss_and_the_teacher(same, tmp_path, bf16):
     train(tmp_path, same, Representation() + FullKL(), sampler=replay, prompts=8, **settings)
     assert seen["teacher"] == {torch.bfloat16 if bf16 else torch.float32}
     assert (torch.bfloat16 in seen["student"]) == bf16
+
+
+def test_stop_texts_and_filters_without_a_sampler_reach_rollouts_and_evaluation(same, tmp_path):
+    options = {"stop": ["="], "top_p": 0.9, "eval_temperature": 0.5, "grade_with": "exact"}
+    trainer, _ = train(tmp_path, same, FullKL(), per_device_train_batch_size=2, **options)
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert "top_p 0.9, stop at '='" in about["sampling"]
+    assert about["eval_sampling"].startswith("temperature 0.5, top_p 0.9, stop at '='")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["stop"] == ["="]
+    prompt_ids = encode_prompts(same.tokenizer, [same.task.train[0]["prompt"]] * 4)
+    texts = same.tokenizer.batch_decode(trainer._generate_single_turn(prompt_ids, None, {}))
+    assert all(text.count("=") == 1 and text.endswith("=") for text in texts)

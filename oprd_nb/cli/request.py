@@ -37,7 +37,7 @@ class MethodArguments:
     then: str = HfArg(default="", help="Method to go on with, from that student, for as many steps again.")
     then_learning_rate: float = HfArg(default=0.0, help="Its learning rate; by default the same.")
     bridge: str = HfArg(
-        default="", help="Bridge folder for the methods bridge and readout; by default one is fitted first."
+        default="", help="Folder of a bridge for bridge and readout; by default one is fitted."
     )
     rank: str = HfArg(default="8", help="Components of a bridge that is fitted first, or auto.")
     mu: float = HfArg(
@@ -51,7 +51,7 @@ class MethodArguments:
     )
     distance: str = HfArg(
         default="",
-        help="Its distance; by default mse behind a readout, else normalized_mse.",
+        help="Its distance; mse behind a readout, else normalized_mse.",
         metadata={"choices": ("", *DISTANCES)},
     )
 
@@ -61,9 +61,7 @@ class TermArguments:
     """Options of the terms"""
 
     reduction: str = HfArg(
-        default="token",
-        help="A step's positions count alike, or its responses do (Eq. 6)",
-        metadata={"choices": ("token", "sequence")},
+        default="token", help="What counts alike (Eq. 6)", metadata={"choices": ("token", "sequence")}
     )
     final_norm: bool = HfArg(default=True, help="Read the last layer behind the final norm")
     layer_pairs: str = HfArg(
@@ -80,12 +78,15 @@ class TermArguments:
     jsd_weight: float = HfArg(default=0.5, help="The teacher's weight in jsd, between 0 and 1")
 
 # %% ../../nbs/60_cli/03b_request.ipynb #5171989a
+_TOKENIZERS = "Where they are not with the models."
+
+
 @dataclass
 class ModelArguments:
     """How the two models are loaded and asked."""
 
-    student_tokenizer: str = HfArg(default="", help="The student's tokenizer, if it is not with the model.")
-    teacher_tokenizer: str = HfArg(default="", help="Likewise for the teacher.")
+    student_tokenizer: str = HfArg(default="", help=_TOKENIZERS)
+    teacher_tokenizer: str = HfArg(default="", help=_TOKENIZERS)
     lora: int = HfArg(default=0, help="Rank of LoRA adapters on all linear layers; 0 trains all weights.")
     quantize: str = HfArg(
         default="",
@@ -96,12 +97,10 @@ class ModelArguments:
         default="", help="The teacher's weights likewise.", metadata={"choices": ("", "nf4", "int8")}
     )
     dtype: str = HfArg(
-        default="auto",
-        help="Precision of what is frozen; what is trained is in float32.",
-        metadata={"choices": DTYPES},
+        default="auto", help="Of frozen weights; trained ones are float32.", metadata={"choices": DTYPES}
     )
     teacher_device: str = HfArg(
-        default="auto", help="auto (where the student is trained), cpu, cuda:1 or split (over all cards)."
+        default="auto", help="auto (the student's), cpu, cuda:1 or split (over all cards)."
     )
     teacher_prompt: str = HfArg(
         default="", help="Asked of the teacher in place of the last message, which {} quotes."

@@ -146,7 +146,7 @@ def stop_of(generation_kwargs: dict | None) -> Sequence[str]:
             f"generation_kwargs={generation_kwargs!r}: a sampler takes no {sorted(others)}; "
             "use top_p, top_k, min_p and repetition_penalty, or stop_strings here; or leave the sampler away"
         )
-    return stop
+    return [stop] if isinstance(stop, str) else stop
 
 # %% ../../nbs/06_rollouts/01b_settings.ipynb #a01acfa3
 class SamplingSettings(DescribedSettings):
@@ -175,14 +175,17 @@ class SamplingSettings(DescribedSettings):
 
     @classmethod
     def from_training(cls, args: TrainingSettings) -> "SamplingSettings":
-        """The settings of a TRL configuration. ValueError for `generation_kwargs` that a sampler lacks."""
+        """The settings of a TRL configuration, and its `stop` where it has one.
+
+        ValueError for `generation_kwargs` that a sampler lacks.
+        """
         return cls(
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
             repetition_penalty=args.repetition_penalty,
-            stop=stop_of(args.generation_kwargs),
+            stop=[*getattr(args, "stop", ()), *stop_of(args.generation_kwargs)],
             max_new_tokens=args.max_completion_length,
         )
 

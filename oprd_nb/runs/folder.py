@@ -175,9 +175,11 @@ def method_style(name: str) -> Method:
 
 # %% ../../nbs/22_runs/01_folder.ipynb #00000029
 def _is_plain(value: object) -> bool:
-    """Whether YAML gives the value back as it was: text, number, truth value, None, or a list of them."""
+    """Whether YAML gives a value back: text, number, truth value, None; lists and mappings of these."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(entry) for name, entry in value.items())
     if isinstance(value, list):
-        return all(isinstance(entry, str | int | float | bool | None) for entry in value)
+        return all(_is_plain(entry) for entry in value)
     return isinstance(value, str | int | float | bool | None)
 
 # %% ../../nbs/22_runs/01_folder.ipynb #99892a77
@@ -186,8 +188,8 @@ def write_settings(folder: str | Path, settings: Mapping[str, object]) -> Path:
     for name, value in settings.items():
         if not _is_plain(value):
             raise ValueError(
-                f"settings[{name!r}]={value!r}: must be text, a number, true, false, nothing or a list "
-                "of these; facts about a run go into write_about"
+                f"settings[{name!r}]={value!r}: must be text, a number, true, false, nothing, or a list "
+                "or mapping of these; facts about a run go into write_about"
             )
     path = RunPaths(folder).config
     with replacing(path) as unfinished:

@@ -52,6 +52,7 @@ from oprd_nb.training.config import (
     warn_about_ends,
 )
 from .diagnostics import GradientSignal, StepMetrics, averages
+from .sampling import evaluation_settings, rollout_settings, sampler_for_stops
 from ..utils import measured
 
 # %% ../../nbs/23_training/06_steps.ipynb #d3414c64
@@ -107,6 +108,7 @@ class AskedSides(WrappedModels):
 
     sampler: Sampler | None
     _sampling: SamplingSettings
+    eval_sampling: SamplingSettings
     prompt_format: PromptFormat | None
 
     def _set_formats(
@@ -120,6 +122,13 @@ class AskedSides(WrappedModels):
                 tokenizer, self.teacher.tokenizer, self.prompt_format, own_prompts
             )
 
+    def _set_sampling(self, sampler: Sampler | None, args: OPRDConfig) -> None:
+        """What writes, and how rollouts and the answers to held-out problems are drawn."""
+        self.sampler = sampler
+        # TRL's own generation takes all of its settings by itself; a sampler must be told.
+        self._sampling = SamplingSettings() if sampler is None else SamplingSettings.from_training(args)
+        self.eval_sampling = evaluation_settings(args)
+
     def _facts(self, eval_dataset: Dataset | None) -> dict[str, Any]:
         """What the run folder says about prompts, sampling and held-out problems."""
         first: dict[str, Any] = cast(Dataset, self.train_dataset)[0]
@@ -131,10 +140,10 @@ class AskedSides(WrappedModels):
                 self.prompt_format,
                 self.teacher.prompt_format,
                 self._teacher_prompt(first),
-            )
+            ),
+            "sampling": rollout_settings(self.args).describe(),
+            "eval_sampling": self.eval_sampling.describe(),
         }
-        if self.sampler is not None:
-            facts["sampling"] = self._sampling.describe()
         if eval_dataset is not None:
             facts["validation_problems"] = len(eval_dataset)
         return facts
@@ -171,10 +180,8 @@ class TrainerBase(AskedSides):
         check_dataset(train_dataset, args)
         self.objective = as_objective(objective)
         self.teacher = teacher
-        self.sampler = sampler
-        # TRL's own generation takes all of its settings by itself; a sampler must be told.
-        self._sampling = SamplingSettings() if sampler is None else SamplingSettings.from_training(args)
         self.eval_sampler = eval_sampler or sampler
+        self._set_sampling(sampler or sampler_for_stops(model, processing_class, args), args)
         self._set_formats(prompt_format, args.chat_template_kwargs, train_dataset, processing_class)
         check_tokenizer(model, processing_class, "student")
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)

@@ -76,10 +76,10 @@ class EvaluationMixin(HeldOutMixin):
             self.synced_eval_sampler(),
             dataset,
             n=self.args.eval_samples,
-            temperature=self.args.eval_temperature,
-            max_new_tokens=self.max_completion_length,
             seed=self.args.seed,
             progress=False,
+            grade_with=self.args.grade_with or None,
+            **self.eval_sampling.keywords(),
         )
         metrics = self._scores(result, metric_key_prefix)
         metrics |= self._diagnostics(student, result.samples, list(dataset["prompt"]))
