@@ -625,6 +625,9 @@ def test_one_warning_for_all_unpaired_tokens(tokens):
 
 SHAPES = textwrap.dedent("""
     from jaxtyping import install_import_hook
+    import beartype
+    # A whole number is a float, as for type checkers.
+    beartype.beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
     install_import_hook("oprd_nb", "beartype.beartype")
     import warnings
     from oprd_nb.bridge import fit_bridge

@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from mutants import TESTS, mutants_of, notices
+from mutants import COLUMNS, TESTS, mutants_of, notices, store
 
 SOURCE = """
 __all__ = ["a", 1]
@@ -45,3 +47,14 @@ def test_a_fork_runs_the_changed_package(tmp_path):
         (package / "__init__.py").write_text(f"area = {area}\n")
         results.append(notices(tmp_path, [str(test)], seconds=60))
     assert results == [False, True]
+
+
+def test_a_module_run_again_replaces_its_line(tmp_path):
+    path = tmp_path / "mutants.csv"
+    line = dict.fromkeys(COLUMNS, 0)
+    for module, tried in (("teachers.py", 3), ("capture.py", 5), ("teachers.py", 7)):
+        store(line | {"module": module, "tried": tried}, path)
+    table = pd.read_csv(path)
+    assert table["module"].tolist() == ["capture.py", "teachers.py"]  # the order of TESTS
+    assert table["tried"].tolist() == [5, 7]
+    assert list(tmp_path.iterdir()) == [path]

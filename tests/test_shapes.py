@@ -10,6 +10,9 @@ import textwrap
 MAIN_PATH = textwrap.dedent("""
     import warnings
     from jaxtyping import install_import_hook
+    import beartype
+    # A whole number is a float, as for type checkers.
+    beartype.beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
     install_import_hook("oprd_nb", "beartype.beartype")
     import torch
     from oprd_nb.capture import capture

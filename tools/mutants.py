@@ -7,12 +7,14 @@ MODULE: a file under `oprd_nb`, such as `objectives/distances.py`; without any, 
 --first N: at most N mutants of each module.
 --seconds S: a test run that takes longer counts as having noticed (60).
 
-Prints each survivor, and one line per module. Exit code 1 for survivors that `EQUIVALENT` does not name.
+Prints each survivor, and one line per module; what a run found about a module replaces that module's line in
+`nbs/results/mutants.csv`. Exit code 1 for survivors that `EQUIVALENT` does not name.
 """
 
 import argparse
 import ast
 import copy
+import csv
 import os
 import shutil
 import signal
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "nbs" / "results" / "mutants.csv"
+COLUMNS = ["module", "mutants", "tried", "killed", "equivalent", "unexplained"]
 
 TESTS = {
     "capture.py": ["test_capture.py"],
@@ -44,7 +48,10 @@ TESTS = {
     "bridge/readout.py": ["test_bridge.py"],
     "training/batching.py": ["test_ragged.py"],
     "training/diagnostics.py": ["test_training.py"],
+    "training/steps.py": ["test_training.py"],
     "evaluation/metrics.py": ["test_evaluation.py"],
+    "evaluation/sampling.py": ["test_evaluation.py"],
+    "evaluation/comparison.py": ["test_evaluation.py"],
 }
 """The tests of each module."""
 
@@ -175,15 +182,16 @@ def notices(package: Path, tests: list[str], seconds: float) -> bool:
     return True
 
 
-def survivors_of(module: str, package: Path, every: int, first: int | None, seconds: float) -> int:
-    """Try the mutants of one module; prints the survivors and returns how many have no explanation."""
+def try_mutants(module: str, package: Path, every: int, first: int | None, seconds: float) -> dict:
+    """Try the mutants of one module; prints the survivors and returns the module's line of the results."""
     path = package / "oprd_nb" / module
     source = path.read_text()
     lines = source.splitlines()
-    chosen = mutants_of(source)[len(module) % every :: every][:first]
+    mutants = mutants_of(source)
+    chosen = mutants[len(module) % every :: every][:first]
     if notices(package, TESTS[module], 10 * seconds):
         raise SystemExit(f"{module}: its tests fail without any change")
-    survived = []
+    reasons = []
     for mutant in chosen:
         data = source.encode()
         path.write_bytes(data[: mutant.start] + mutant.code.encode() + data[mutant.end :])
@@ -191,12 +199,34 @@ def survivors_of(module: str, package: Path, every: int, first: int | None, seco
             continue
         line = lines[mutant.line - 1].strip()
         reason = EQUIVALENT.get((module, line, mutant.code))
-        survived.append(reason)
+        reasons.append(reason)
         print(f"survived: {module}:{mutant.line}: {line}  <-  {mutant.code}  {reason or ''}", flush=True)
     path.write_text(source)
-    unexplained = survived.count(None)
-    print(f"{module}: {len(chosen)} mutants, {len(survived)} survived, {unexplained} unexplained", flush=True)
-    return unexplained
+    unexplained = reasons.count(None)
+    return {
+        "module": module,
+        "mutants": len(mutants),
+        "tried": len(chosen),
+        "killed": len(chosen) - len(reasons),
+        "equivalent": len(reasons) - unexplained,
+        "unexplained": unexplained,
+    }
+
+
+def store(result: dict, path: Path) -> None:
+    """Write one module's line into the results, in place of its earlier one, in the order of `TESTS`."""
+    results = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            results = {line["module"]: line for line in csv.DictReader(file)}
+    results[result["module"]] = result
+    # Not `oprd_nb.utils.replacing`: a package that is loaded here would hide the changed one from the forks.
+    unfinished = path.with_suffix(".part")
+    with open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(results[module] for module in TESTS if module in results)
+    unfinished.replace(path)
 
 
 def main() -> int:
@@ -220,11 +250,13 @@ def main() -> int:
         package = Path(folder)
         shutil.copytree(ROOT / "oprd_nb", package / "oprd_nb", ignore=shutil.ignore_patterns("__pycache__"))
         sys.dont_write_bytecode = True
-        unexplained = [
-            survivors_of(module, package, options.every, options.first, options.seconds)
-            for module in options.modules or TESTS
-        ]
-    return int(any(unexplained))
+        unexplained = 0
+        for module in options.modules or TESTS:
+            result = try_mutants(module, package, options.every, options.first, options.seconds)
+            print(", ".join(f"{name} {value}" for name, value in result.items()), flush=True)
+            store(result, RESULTS)
+            unexplained += result["unexplained"]
+    return int(unexplained > 0)
 
 
 if __name__ == "__main__":

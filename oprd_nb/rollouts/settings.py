@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -125,6 +125,7 @@ class DescribedSettings(SettingValues):
         return truncated & ~torch.tensor([self.stops(text) for text in texts])
 
 # %% ../../nbs/06_rollouts/01b_settings.ipynb #080671cd
+@runtime_checkable
 class TrainingSettings(Protocol):
     """The fields of TRL's configuration that say how tokens are drawn."""
 
