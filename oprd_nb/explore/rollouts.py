@@ -94,7 +94,8 @@ def read_scores(run: Run, name: str, samples: pd.DataFrame) -> pd.DataFrame | No
         return None
     scored = scored.set_index(["problem", "sample"]).sort_index(kind="stable")
     counts = scored.groupby(level=[0, 1]).size()
-    if not counts.equals(samples["tokens"].reindex(counts.index).astype(counts.dtype)):
+    # A response that is not in the samples has NaN tokens, which equal no count.
+    if not (counts == samples["tokens"].reindex(counts.index)).all():
         raise ValueError(
             f"run={str(run.path)!r}: tokens/{name}.parquet was scored on other responses than "
             f"eval/{name}.parquet; delete it or score again"

@@ -75,8 +75,8 @@ def _same_problems(table: pd.DataFrame, other: pd.DataFrame) -> bool:
 
 
 def has_texts(run: Run, name: str) -> bool:
-    """Whether a run has an evaluation of that name with its prompts and responses."""
-    return name in run.evals and {"prompt", "response"} <= set(run.evals[name])
+    """Whether a run has an evaluation of that name with its prompts, answers and responses."""
+    return name in run.evals and {"prompt", "answer", "response"} <= set(run.evals[name])
 
 
 def first_of(runs: Sequence[Run], name: str, like: pd.DataFrame) -> pd.DataFrame | None:

@@ -348,6 +348,12 @@ def _read_samples(path: Path, leave_out: Sequence[str] = ()) -> pd.DataFrame:
     for name in _SAMPLE_NUMBERS:
         if name in table and not pd.api.types.is_numeric_dtype(table[name]):
             raise ValueError(f"{where}: its column {name!r} holds no numbers; {way_out}")
+    if "set" in table and pd.api.types.infer_dtype(table["set"]) != "string":
+        raise ValueError(f"{where}: its column 'set' holds no names; {way_out}")
+    if table.empty:
+        raise ValueError(f"{where} has no rows; {way_out}")
+    if not table["correct"].between(0, 1).all():
+        raise ValueError(f"{where}: its column 'correct' holds more than right and wrong; {way_out}")
     return table
 
 # %% ../../nbs/22_runs/01_folder.ipynb #0000000c

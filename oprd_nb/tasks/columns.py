@@ -192,6 +192,11 @@ def checked_problems(
         columns["teacher_prompt"] = _read_column(table, "teacher_prompt", prompt_of)
     try:
         return Dataset.from_dict(columns)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise ValueError(
+            f"{table.where}: {half!r} in a text is half of a character; write the whole one, or remove it"
+        ) from None
     except (ArrowException, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
