@@ -130,6 +130,7 @@ def test_bridge_writes_a_folder_that_train_reads(tmp_path, capsys):
         "bridge.safetensors",
         "scores.csv",
         "report.html",
+        "about.json",
     }
     assert (
         train(

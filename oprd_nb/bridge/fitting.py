@@ -16,6 +16,7 @@ from .readout import ReadoutBridge, fit_readout, retokenize
 from ..capture import num_layers_of
 from ..core import Layers, Positions, Rollouts
 from ..pairing.token_bytes import fingerprint
+from ..rollouts.prompts import PromptFormat
 from ..rollouts.samplers import HFSampler
 from ..teachers import Teacher
 
@@ -42,16 +43,18 @@ def responses_for_fit(
     prompts: Sequence,
     max_new_tokens: int = 2048,
     seed: int = 0,
+    prompt_format: PromptFormat | None = None,
 ) -> Rollouts:
     """One response per prompt, in the student's tokens, from the model whose text the kind of bridge needs.
 
-    `tokenizer` is the student's; `prompts` holds chat messages.
+    `tokenizer` and `prompt_format` are the student's; `prompts` holds chat messages.
     """
     if kind == "readout" and fingerprint(tokenizer) != fingerprint(teacher.tokenizer):
-        writer = HFSampler(teacher.model, teacher.tokenizer)
+        writer = HFSampler(teacher.model, teacher.tokenizer, prompt_format=teacher.prompt_format)
         written = writer.sample(prompts, max_new_tokens=max_new_tokens, seed=seed)
         return retokenize(written, teacher.tokenizer, tokenizer, writer.eos_token_ids)
-    return HFSampler(student, tokenizer).sample(prompts, max_new_tokens=max_new_tokens, seed=seed)
+    writer = HFSampler(student, tokenizer, prompt_format=prompt_format)
+    return writer.sample(prompts, max_new_tokens=max_new_tokens, seed=seed)
 
 # %% ../../nbs/12_bridge/04_fitting.ipynb #5f10000c
 def fit_from_prompts(
@@ -67,16 +70,20 @@ def fit_from_prompts(
     steps: int = 400,
     max_new_tokens: int = 2048,
     seed: int = 0,
+    prompt_format: PromptFormat | None = None,
 ) -> Bridge | ReadoutBridge:
     """Sample one response per prompt and fit a bridge to the two models as they are now.
 
     `rank` (or "auto"), `layers` and `positions` belong to the kind "pca", `steps` (of Adam) to "readout".
-    `tokenizer` is the student's; `prompts` holds chat messages; `seed` is that of the rollouts.
+    `tokenizer` and `prompt_format` are the student's; `prompts` holds chat messages; `seed` is that of the
+    rollouts.
     ValueError, before anything is sampled, for settings that these models cannot have.
     """
     check_fit_settings(kind, rank, positions)
     Layers(layers).of(num_layers_of(student))
-    rollouts = responses_for_fit(kind, student, teacher, tokenizer, prompts, max_new_tokens, seed)
+    rollouts = responses_for_fit(
+        kind, student, teacher, tokenizer, prompts, max_new_tokens, seed, prompt_format
+    )
     if kind == "readout":
         return fit_readout(student, teacher, rollouts, tokenizer, steps)
     return fit_bridge(student, teacher, rollouts, tokenizer, rank, layers, positions)

@@ -12,17 +12,25 @@ from transformers.hf_argparser import HfArg
 
 from ..capture import num_layers_of
 from .arguments import DTYPES, PairArguments, check_placement
+from oprd_nb.cli.asking import (
+    AskingArguments,
+    asked_lines,
+    load_problems,
+    student_format,
+    switches_of,
+    teacher_format,
+)
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler
-from ..tasks.loading import load_task
-from ..teachers import Teacher
+from ..runs.folder import write_about
+from ..teachers import Teacher, asked_of_both
 
 # %% ../../nbs/60_cli/02_probe.ipynb #d54e4c4d
 @dataclass
-class ProbeArguments(PairArguments):
+class ProbeArguments(AskingArguments, PairArguments):
     """Measure where a student and a teacher agree, and say which distillation that calls for."""
 
     out: str = HfArg(default="runs/probe", help="Folder for tables and figures.")
@@ -46,21 +54,27 @@ def probe_pair(args: ProbeArguments) -> PairReport:
     Positions(args.positions)
     Layers(args.layers)
     check_placement(args.dtype, args.device)
-    prompts = load_task(args.prompts).problems["prompt"][: args.limit or None]
+    prompts = load_problems(args.prompts, args).problems["prompt"][: args.limit or None]
+    of_student = student_format(args, switches_of(args))
     student = load_model(args.student, dtype=args.dtype, device=args.device)
     tokenizer = load_tokenizer(args.student)
     check_tokenizer(student, tokenizer, "student")
     Layers(args.layers).of(num_layers_of(student))
     teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
-    teacher = Teacher(teacher_model, load_tokenizer(args.teacher))
+    teacher_tokenizer = load_tokenizer(args.teacher)
+    of_teacher = teacher_format(args, tokenizer, teacher_tokenizer, of_student)
+    teacher = Teacher(teacher_model, teacher_tokenizer, prompt_format=of_teacher)
+    asked = asked_of_both(prompts[0], tokenizer, teacher_tokenizer, of_student, of_teacher)
+    print(*asked_lines(asked), sep="\n")
     print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
-    rollouts = HFSampler(student, tokenizer).sample(
+    rollouts = HFSampler(student, tokenizer, prompt_format=of_student).sample(
         prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
     report = diagnose(student, teacher, rollouts, tokenizer, args.layers, args.positions, args.seed)
     report = replace(report, names=(args.student, args.teacher))
     folder = report.save(args.out)
     rollouts.save(folder / "rollouts.safetensors")
+    write_about(folder, {"asked": asked})
     return report
 
 # %% ../../nbs/60_cli/02_probe.ipynb #e2cdbdb2

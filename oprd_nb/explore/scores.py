@@ -29,6 +29,7 @@ from ..objectives.representation import Representation
 from ..objectives.terms import Objective, Term
 from ..pairing.positions import Pairs
 from ..pairing.token_bytes import fingerprint, vocabulary_bytes
+from ..rollouts.prompts import PromptFormat
 from ..runs import RunPaths, require_columns
 from ..teachers import Teacher
 from ..training.batching import trim_padding
@@ -184,14 +185,17 @@ def score_samples(
     tokenizer: PreTrainedTokenizerBase,
     term: Representation | None = None,
     most: int = 64,
+    prompt_format: PromptFormat | None = None,
 ) -> pd.DataFrame:
     """`score_tokens` of at most `most` responses of an evaluation (see `chosen_samples`).
 
-    Columns: problem, sample, position, text, kl, distance, offset. `prompts[problem]` holds chat messages.
+    Columns: problem, sample, position, text, kl, distance, offset. `prompts[problem]` holds chat messages,
+    which the student was asked in `prompt_format`.
     """
     written = samples[samples["token_ids"].map(len) > 0]
     chosen = chosen_samples(written, most).reset_index(drop=True)
-    rollouts = stored_rollouts(chosen, prompts, tokenizer).to(next(student.parameters()).device)
+    device = next(student.parameters()).device
+    rollouts = stored_rollouts(chosen, prompts, tokenizer, prompt_format).to(device)
     table = score_tokens(student, teacher, rollouts, tokenizer, term)
     keys = chosen[["problem", "sample"]].loc[table.pop("response")].reset_index(drop=True)
     return pd.concat([keys, table], axis=1)
@@ -243,5 +247,6 @@ def save_token_scores(when: str, result: Evaluation, problems: Dataset, trainer:
         trainer.teacher,
         trainer.processing_class,
         representation_of(trainer.objective),
+        prompt_format=trainer.prompt_format,
     )
     save_tokens(table, trainer.args.output_dir, when)

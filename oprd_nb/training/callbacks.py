@@ -70,7 +70,14 @@ def cut_metrics(path: Path, last_step: int) -> float:
     return lines[-1]["seconds"] if lines else 0.0
 
 # %% ../../nbs/23_training/04_callbacks.ipynb #50fcea03
-_COMPARED_FACTS = ("objective", "reduction", "responses_per_step", "student_weights", "teacher_weights")
+_COMPARED_FACTS = (
+    "objective",
+    "reduction",
+    "responses_per_step",
+    "student_weights",
+    "teacher_weights",
+    "asked",
+)
 _MAY_DIFFER = frozenset(
     "max_steps num_train_epochs logging_steps logging_strategy logging_first_step save_steps save_strategy "
     "save_total_limit save_only_model eval_steps eval_strategy eval_on_start eval_samples eval_temperature "
@@ -98,11 +105,17 @@ def changes_of_run(
     return changes(old_settings, settings) | changes(old, {name: about[name] for name in facts})
 
 
+def _start(value: Any) -> str:
+    """A value in a message: its first two hundred characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def check_same_run(found: Mapping[str, tuple[Any, Any]], anyway: bool) -> None:
     """ValueError that names every change; with `anyway` a warning."""
     if not found:
         return
-    words = ", ".join(f"{name}={new!r} (it was {old!r})" for name, (old, new) in found.items())
+    words = ", ".join(f"{name}={_start(new)} (it was {_start(old)})" for name, (old, new) in found.items())
     if not anyway:
         raise ValueError(
             f"{words}: the run that is resumed was started otherwise; give what it had, train into another "

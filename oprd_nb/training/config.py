@@ -10,6 +10,7 @@ __all__ = ['check_trl', 'check_max_steps', 'check_mappings', 'check_loggers', 'p
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
+import json
 import math
 import os
 import warnings
@@ -122,10 +123,18 @@ def check_max_steps(max_steps: int) -> None:
         )
 
 # %% ../../nbs/23_training/05_config.ipynb #1bd6234b
+def _is_mapping(text: str) -> bool:
+    """Whether a text is names with values, as JSON."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def check_mappings(settings: object) -> None:
     """ValueError for one of TRL's `..._kwargs` that is text, where names with values are needed."""
     for name, value in vars(settings).items():
-        if name.endswith("_kwargs") and isinstance(value, str):
+        if name.endswith("_kwargs") and isinstance(value, str) and not _is_mapping(value):
             raise ValueError(f"{name}={value!r}: must be names with values, as in '{{\"name\": 1}}'")
 
 # %% ../../nbs/23_training/05_config.ipynb #db87dba3
@@ -148,6 +157,7 @@ def prepare_settings(args: "OPRDConfig") -> None:
     """Check what the Trainer would not, and choose the precision where none is set. ValueError, one line."""
     check_numbers(args, _LIMITS)
     check_max_steps(args.max_steps)
+    check_mappings(args)
     check_loggers(args.report_to)
     grader(args.grade_with or None)
     if isinstance(args.stop, str):
@@ -177,6 +187,9 @@ class WritingConfig(DistillationConfig):
     min_p: float | None = field(default=0.0, metadata={"help": _FILTERS})
     repetition_penalty: float = field(default=1.0, metadata={"help": _FILTERS})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts at which a response ends."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The template's switches: '{\"enable_thinking\": false}'."}
+    )
     eval_samples: int = field(default=1, metadata={"help": "Responses to each problem of --validation."})
     eval_temperature: float = field(default=0.7, metadata={"help": "Their temperature; 0 is greedy."})
     grade_with: str = field(
@@ -219,7 +232,6 @@ class OPRDConfig(WritingConfig):
     def __post_init__(self):
         prepare_settings(self)
         super().__post_init__()
-        check_mappings(self)
         # On a command line the value arrives as text.
         as_text = str(self.resume_from_checkpoint).lower()
         self.resume_from_checkpoint = {"true": True, "false": None}.get(as_text, self.resume_from_checkpoint)
