@@ -106,6 +106,8 @@ METRICS = {
     # Rollouts.
     "response_length/mean": Metric("tokens", "Tokens per response", ","),
     "response/truncated": Metric("share", "Responses cut off", ".1%"),
+    "response/nonfinite": Metric("share", "Responses left out, not finite", ".1%"),
+    "step/skipped": Metric("share", "Steps skipped", ".1%"),
     "pairing/coverage": Metric("share", "Positions paired with the teacher", ".1%"),
     "sampler/logprob_gap": Metric("nats per token", "Sampler against student, nats per token"),
     # At evaluation steps, on held-out problems.

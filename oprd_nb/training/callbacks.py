@@ -247,8 +247,8 @@ class RunFolder(RunStart):
         self.begin()
         line: dict[str, Any] = {"step": state.global_step, "seconds": round(self.seconds, 3)}
         for name, value in logs.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                line[name.replace("eval_", "eval/", 1)] = value
+            if isinstance(value, int | float):
+                line[name.replace("eval_", "eval/", 1)] = value if math.isfinite(value) else math.nan
         append_jsonl(self.paths.metrics, line)
 
 # %% ../../nbs/23_training/04_callbacks.ipynb #00000011

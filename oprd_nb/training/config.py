@@ -97,6 +97,8 @@ _LIMITS: dict[str, Range] = {
     "eval_samples": (1, 1e6),
     "max_completion_length": (1, 1e7),
     "token_budget": (0, 1e12),
+    "max_nonfinite": (0, 1),
+    "max_skipped": (1, 1e6),
     "temperature": (1e-3, 100),
     "eval_temperature": (0, 100),
     "top_p": (1e-6, 1),
@@ -223,6 +225,12 @@ class OPRDConfig(WritingConfig):
     token_budget: int = field(
         default=0, metadata={"help": "Most tokens of a micro-batch in one pass; 0 is all."}
     )
+    max_nonfinite: float = field(
+        default=0.1, metadata={"help": "Share of a step's responses that may be left out as not finite."}
+    )
+    max_skipped: int = field(default=3, metadata={"help": "Skipped steps in a row that end the run."})
+    # What is not finite is left out, or logged as it is; the Trainer would log an older mean.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a loss that is NaN."})
 
     @property
     def folder(self) -> Path:

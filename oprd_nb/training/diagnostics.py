@@ -37,9 +37,10 @@ class GradientSignal:
         number = sum(p.numel() for p in self.parameters)
         # Odd, because an even stride would visit only a few columns of each matrix.
         self.stride = -(-number // most) | 1
-        self._start()
+        self.forget()
 
-    def _start(self) -> None:
+    def forget(self) -> None:
+        """Start a step anew."""
         self._sum: Tensor | float = 0.0
         # One 0-d tensor per micro-batch, on the device: reading each at once would make the host wait.
         self._squares: list[Tensor] = []
@@ -70,7 +71,7 @@ class GradientSignal:
             )
         whole = torch.as_tensor(self._sum).square().sum().item()
         squares = sum(square.item() for square in self._squares)
-        self._start()
+        self.forget()
         # Equal micro-batches have no noise at all; a smallest value keeps the quotient finite.
         noise = max((squares - whole / n) / (n - 1), 1e-6 * squares)
         return (whole - squares) / (n - 1), noise

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['WrappedModels', 'AskedSides', 'TrainerBase', 'EpochSampler', 'rollouts_of', 'PromptMixin', 'SamplingMixin',
-           'RolloutMixin', 'LossMixin', 'SignalMixin', 'LogMixin', 'StepMixin']
+           'RolloutMixin', 'LossMixin', 'SignalMixin', 'LogMixin', 'FiniteMixin', 'CheckedSteps', 'StepMixin']
 
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
+import math
 import time
+import warnings
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -23,10 +26,11 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
+# %% ../../nbs/23_training/06_steps.ipynb #f1a17e06
 from ..capture import Captured
 from ..core import Rollouts, set_seed
 from ..models.loading import check_tokenizer, input_device
-from ..objectives.objective import Losses, check_vocabularies, loss_on_pairs
+from ..objectives.objective import Losses, check_vocabularies, position_losses, reduce_losses
 from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
 from ..pairing.positions import Pairs
 from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
@@ -52,6 +56,17 @@ from oprd_nb.training.config import (
     warn_about_ends,
 )
 from .diagnostics import GradientSignal, StepMetrics, averages
+from oprd_nb.training.finite import (
+    Pass,
+    SkippedSteps,
+    Verdict,
+    finite_responses,
+    first_broken,
+    origin,
+    prompt_of,
+    second_attempt,
+    tally,
+)
 from .sampling import evaluation_settings, rollout_settings, sampler_for_stops
 from ..utils import measured
 
@@ -65,6 +80,8 @@ class WrappedModels(DistillationTrainer):
     teacher_model: nn.Module | None
     teacher: Teacher
     run_folder: RunFolder
+    passes: list[Pass]
+    """The forward passes since the last step of the optimizer."""
 
     def _check_token_budget(self, budget: int) -> None:
         """ValueError for a token budget with FSDP or DeepSpeed."""
@@ -207,6 +224,7 @@ class TrainerBase(AskedSides):
         warn_about_ends(self.model, processing_class, teacher)
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()
+        self.passes = []
         settings = {"method": method_and_label(self.objective)[0]} | settings_of(args) | (settings or {})
         about = about_of(self.objective, args) | self._facts(eval_dataset) | (about or {})
         self.run_folder = RunFolder(args.folder, settings, about, bridge)
@@ -358,19 +376,18 @@ class LossMixin(TrainerBase):
         """The objective on this micro-batch, already divided by what the whole optimizer step supervises."""
         # Accelerate puts its autocast on `model.forward`, which the redirected forward does not call.
         with self.accelerator.autocast():
-            loss, metrics = loss_on_pairs(
+            parts = position_losses(
                 self.objective,
                 self.accelerator.unwrap_model(model),
                 self.teacher,
                 inputs.rollouts,
                 inputs.pairs,
-                inputs.counts,
                 run_teacher=self._run_teacher,
                 run_student=partial(self._run_student, model),
                 temperature=self.args.temperature,
             )
-        for name, (total, number) in metrics.items():
-            self.step_metrics.add(name, total, number)
+            loss, metrics = reduce_losses(self.objective, parts, inputs.counts)
+        self.passes.append(Pass(inputs, finite_responses(parts, len(inputs.rollouts)), metrics))
         return (loss, None) if return_outputs else loss
 
     def _run_teacher(self, ask: Callable[[], Captured]) -> Captured:
@@ -408,11 +425,15 @@ class SignalMixin(TrainerBase):
         )
         return GradientSignal(self.model.parameters()) if separable else None
 
-    def _read_signal(self, signal: GradientSignal) -> None:
-        """Note this micro-batch's gradient; after the last of a step log the step's signal over its noise."""
-        signal.read()
-        if self.accelerator.sync_gradients:
-            self.step_metrics.add_ratio("grad/snr", *signal.take())
+    def _log_signal(self) -> None:
+        """After the last micro-batch of a step: the step's signal over its noise."""
+        if self._signal is not None:
+            self.step_metrics.add_ratio("grad/snr", *self._signal.take())
+
+    def _forget_signal(self) -> None:
+        """Of a step whose gradients are not used."""
+        if self._signal is not None:
+            self._signal.forget()
 
 # %% ../../nbs/23_training/06_steps.ipynb #fa4b460c
 class LogMixin(SignalMixin):
@@ -427,6 +448,9 @@ class LogMixin(SignalMixin):
             log_safely(callback)
         if "loss" in logs:
             logs |= self._collected()
+            # The Trainer's sum would stay NaN for ever if it were given one.
+            if logs.get("step/skipped"):
+                logs["loss"] = math.nan
         super().log(logs, start_time)
 
     def _collected(self) -> dict[str, float]:
@@ -441,9 +465,119 @@ class LogMixin(SignalMixin):
         collected["time/update"] = self.run_folder.last_step - phases
         return collected
 
+# %% ../../nbs/23_training/06_steps.ipynb #f1a17e02
+class FiniteMixin(LogMixin):
+    """A step whose losses and gradients are finite, or no step; and the lines of the log."""
+
+    @cached_property
+    def _skipped_steps(self) -> SkippedSteps:
+        """Ends a run that skips one step after another."""
+        return SkippedSteps(self.args.max_skipped)
+
+    def one_pass(self, model: nn.Module, part: MicroBatch) -> Float[Tensor, ""]:
+        """Forward and backward of one part; returns its loss."""
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, part)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def pass_without_sync(self, model: nn.Module, part: MicroBatch) -> Float[Tensor, ""]:
+        """`one_pass`, leaving the reduction over processes to a later one."""
+        with self.accelerator.no_sync(model):
+            return self.one_pass(model, part)
+
+    def verdict(self) -> Verdict:
+        """What the passes of this step were like, over all processes. The host waits here."""
+        # A loss that is scaled for float16 may overflow: the scaler sees it, and skips the step by itself.
+        scaled = self.accelerator.scaler is not None
+        counted = tally(self.passes, [] if scaled else self.model.parameters())
+        return Verdict(*cast(Tensor, self.accelerator.reduce(counted, reduction="sum")).tolist())
+
+    def again(self, model: nn.Module) -> Float[Tensor, ""]:
+        """The passes of this step once more, without the responses that were not finite; returns the loss."""
+        batches = second_attempt(self.passes)
+        self.passes.clear()
+        model.zero_grad(set_to_none=True)
+        counted = torch.stack([self.objective.counts(batch.pairs) for batch in batches]).sum(0)
+        counts: Any = self.accelerator.reduce(counted.to(self.accelerator.device), reduction="sum")
+        counts = counts / self.accelerator.num_processes
+        *early, last = (replace(batch, counts=counts) for batch in batches)
+        losses = [self.pass_without_sync(model, part) for part in early]
+        return torch.stack([*losses, self.one_pass(model, last)]).sum()
+
+    def describe_broken(self, verdict: Verdict) -> None:
+        """A warning that names the first response of this process that was not finite, and where it broke."""
+        step = self.state.global_step + 1
+        message = f"step {step}: {verdict.broken:.0f} of {verdict.responses:.0f} responses were not finite"
+        broken = first_broken(self.passes)
+        # FSDP gathers weights in all processes at once, and not all of them have such a response.
+        if broken is not None and not self.is_fsdp_enabled:
+            student = self.accelerator.unwrap_model(self.model_wrapped)
+            with self.accelerator.autocast():
+                where = origin(student, self.teacher, broken)
+            message += f"; the first, {where}, answers {prompt_of(broken, self._tokenizer)!r}"
+        warnings.warn(message, stacklevel=2)
+
+# %% ../../nbs/23_training/06_steps.ipynb #f1a17e03
+class CheckedSteps(FiniteMixin):
+    """The decision, after the last pass of a step, whether the optimizer may use its gradients."""
+
+    _told: Float[Tensor, ""] | float = 0.0
+
+    def checked(self, model: nn.Module, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """A micro-batch's loss for the Trainer's sum; after the last micro-batch, with the step settled.
+
+        The step is made again without responses that are not finite, or skipped: then it has no gradients.
+        ValueError for the `max_skipped`-th skipped step in a row, and with DeepSpeed, which cannot go back.
+        """
+        if not self.accelerator.sync_gradients:
+            told = loss.nan_to_num(0, 0, 0)
+            self._told = self._told + told
+            return told
+        told, self._told = self._told, 0.0
+        verdict = self.verdict()
+        self.step_metrics.add("response/nonfinite", verdict.broken, verdict.responses)
+        if verdict.clean:
+            self._log_signal()
+            return self._made(loss)
+        self._forget_signal()
+        if verdict.broken:
+            self.describe_broken(verdict)
+        reason = verdict.reason_to_skip(self.args.max_nonfinite)
+        if reason is None and not self.is_deepspeed_enabled:
+            total = self.again(model)
+            verdict = self.verdict()
+            if verdict.clean:
+                # Of the step's loss the Trainer has been told a part, which this completes.
+                return self._made(total - told)
+            reason = "it is not finite without these responses either"
+        return self._skipped(model, reason or "responses are not finite")
+
+    def _made(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The step counts: its metrics are kept."""
+        for one in self.passes:
+            for name, (total, number) in one.metrics.items():
+                self.step_metrics.add(name, total, number)
+        self.passes.clear()
+        self._skipped_steps.made()
+        self.step_metrics.add("step/skipped", 0.0)
+        return loss
+
+    def _skipped(self, model: nn.Module, reason: str) -> Float[Tensor, ""]:
+        """The step does not count: without gradients the optimizer changes nothing."""
+        self.passes.clear()
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                f"step {self.state.global_step + 1}: {reason}; DeepSpeed has added its gradient already"
+            )
+        model.zero_grad(set_to_none=True)
+        self.step_metrics.add("step/skipped", 1.0)
+        self._skipped_steps.skipped(self.state.global_step + 1, reason)
+        return torch.zeros((), device=self.accelerator.device)
+
 # %% ../../nbs/23_training/06_steps.ipynb #00000018
-class StepMixin(LogMixin):
-    """The forward and backward passes of one micro-batch, measured, and the lines of the log."""
+class StepMixin(CheckedSteps):
+    """The forward and backward passes of one micro-batch, measured."""
 
     def _prepare_inputs(self, generation_batch: Any) -> MicroBatch:
         """The next micro-batch; the first call of a step generates all of them.
@@ -465,20 +599,12 @@ class StepMixin(LogMixin):
         with measured(self.accelerator.device) as cost:
             last: Any  # TRL says dict; this is a MicroBatch
             *early, last = micro_batch.parts(self.args.token_budget)
-            losses = [self._pass_without_sync(model, part) for part in early]
+            losses = [self.pass_without_sync(model, part) for part in early]
             # TRL times its own step only; generation and the early parts belong to it.
             self._current_train_step_time += time.perf_counter() - started
             losses.append(super().training_step(model, last, num_items_in_batch))
         self.step_metrics.add_peak("memory/delta_peak", cost.delta_peak)
         self.step_metrics.micro_batches += 1
         if self._signal is not None:
-            self._read_signal(self._signal)
-        return torch.stack(losses).sum()
-
-    def _pass_without_sync(self, model: nn.Module, part: MicroBatch) -> Float[Tensor, ""]:
-        """Forward and backward of one part, leaving the reduction over processes to the last part."""
-        with self.accelerator.no_sync(model):
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, part)
-            self.accelerator.backward(loss)
-        return loss.detach()
+            self._signal.read()
+        return self.checked(model, torch.stack(losses).sum())

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from ..evaluation.sampling import Evaluation, evaluate, stored_rollouts
+from ..models.checks import check_finite
 from ..objectives.representation import Representation
 from ..rollouts.samplers import HFSampler, Sampler
 from ..runs.folder import RunPaths
@@ -129,8 +130,10 @@ class CheckpointMixin(TrainerBase):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """TRL's checkpoint, then its manifest, then the removal of older ones.
 
-        OSError, with nothing unfinished on the disk, where it cannot be written.
+        OSError, with nothing unfinished on the disk, where it cannot be written. ValueError for weights that
+        are not finite.
         """
+        check_finite(self.accelerator.unwrap_model(model), f"step {self.state.global_step}")
         run = Path(self._get_output_dir(trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         limit = self.args.save_total_limit
