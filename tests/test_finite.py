@@ -42,7 +42,7 @@ class KeptGradients(TrainerCallback):
 
 
 def trained(folder, pair, term, sampler=None, callbacks=(), **changes):
-    """A run of up to three steps of 16 responses; the trainer, the warnings, and what ended it, if anything."""
+    """A run of up to three steps of 16 responses; the trainer, the warnings, and what ended it."""
     trainer = Recorded(
         model=pair.student.requires_grad_(True),
         teacher=Teacher(pair.teacher, pair.teacher_tokenizer),
