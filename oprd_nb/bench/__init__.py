@@ -9,12 +9,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "methods": ["BACKBONES", "LABELS", "OURS", "PAPER", "SMOLLM2", "TINY", "Shape"],
+        "methods": ["BACKBONES", "LABELS", "OURS", "PAPER", "SMOLLM2", "TINY", "Shape", "methods_for"],
         "measure": [
             "AXES",
             "bench_bridge",
             "bench_growth",
             "bench_loss_path",
+            "bench_on_device",
             "bench_peaks",
             "bench_ragged",
             "bench_sampler",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         bench_bridge as bench_bridge,
         bench_growth as bench_growth,
         bench_loss_path as bench_loss_path,
+        bench_on_device as bench_on_device,
         bench_peaks as bench_peaks,
         bench_ragged as bench_ragged,
         bench_sampler as bench_sampler,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         SMOLLM2 as SMOLLM2,
         TINY as TINY,
         Shape as Shape,
+        methods_for as methods_for,
     )
     from .results import (
         cost_figure as cost_figure,

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'TINY', 'PAPER', 'Loss', 'BACKBONES', 'LABELS', 'OURS', 'Shape', 'make_model', 'make_rollouts',
            'backbones_only', 'BareTeacher', 'objective_loss', 'final_states', 'trl_full', 'logits_baseline',
-           'reference_oprd', 'random_bridge', 'methods_for', 'prepared', 'serve_steps']
+           'reference_oprd', 'random_bridge', 'methods_for', 'prepared', 'one_step', 'serve_steps']
 
 # %% ../../nbs/50_bench/01_methods.ipynb #00000003
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
-from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from ..bridge.base import BridgeMetadata, ModelSpec
 from ..bridge.pca import Bridge
@@ -162,6 +162,8 @@ def final_states(
 # %% ../../nbs/50_bench/01_methods.ipynb #6100003
 def trl_full(k: int) -> Loss:
     """TRL's own full-vocabulary reverse KL at these positions."""
+    # Imported here: the other methods can be measured where TRL is not installed.
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     def loss(student: nn.Module, teacher: nn.Module, rollouts: Rollouts) -> Tensor:
         with torch.no_grad():
@@ -240,9 +242,9 @@ BACKBONES = "backbones-only"
 
 # %% ../../nbs/50_bench/01_methods.ipynb #6100004
 def methods_for(shape: Shape) -> dict[str, Loss]:
-    """Every method by name, at this shape."""
+    """Every method by name, at this shape; TRL's where it is installed."""
     last = f"last:{shape.k}"
-    return {
+    methods = {
         BACKBONES: backbones_only,
         "oprd": objective_loss(Representation(positions=last)),
         "oprd-middle": objective_loss(Representation(layers=[shape.layers // 2], positions=last)),
@@ -250,12 +252,14 @@ def methods_for(shape: Shape) -> dict[str, Loss]:
         "opd-sampled": objective_loss(SampledTokenKL(positions=last)),
         "opd-topk": objective_loss(TopKKL(16, renormalize=False, positions=last)),
         "opd-full": objective_loss(FullKL(positions=last)),
-        "trl-full": trl_full(shape.k),
         "written-sampled": logits_baseline("sampled", shape.k),
         "written-topk": logits_baseline("topk", shape.k),
         "written-full": logits_baseline("full", shape.k),
         "reference-oprd": reference_oprd(shape.k),
     }
+    if find_spec("trl"):
+        methods["trl-full"] = trl_full(shape.k)
+    return methods
 
 # %% ../../nbs/50_bench/01_methods.ipynb #6100005
 LABELS = {
@@ -285,6 +289,12 @@ def prepared(shape: Shape) -> tuple[nn.Module, nn.Module]:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student, teacher
 
+# %% ../../nbs/50_bench/01_methods.ipynb #47e7980a
+def one_step(student: nn.Module, teacher: nn.Module, loss: Loss, rollouts: Rollouts) -> None:
+    """The passes of one training step without its optimizer; the gradients are dropped."""
+    loss(student, teacher, rollouts).backward()
+    student.zero_grad(set_to_none=True)
+
 # %% ../../nbs/50_bench/01_methods.ipynb #6100007
 def serve_steps(connection: Connection, shape: Shape, method: str) -> None:
     """Build and warm up, send "ready", then answer each True with (seconds, peak in bytes) of one step."""
@@ -293,15 +303,11 @@ def serve_steps(connection: Connection, shape: Shape, method: str) -> None:
     rollouts = make_rollouts(shape)
     loss = methods_for(shape)[method]
 
-    def step(batch: Rollouts) -> None:
-        loss(student, teacher, batch).backward()
-        student.zero_grad(set_to_none=True)
-
     # A short response warms up kernels and libraries without reaching the peak of a full step.
     short = replace(shape, response=2 * min(shape.k, shape.response // 4), batch=1)
-    step(make_rollouts(short))
+    one_step(student, teacher, loss, make_rollouts(short))
     connection.send("ready")
     while connection.recv():
         with measured(shape.device) as cost:
-            step(rollouts)
+            one_step(student, teacher, loss, rollouts)
         connection.send((cost.seconds, cost.delta_peak))

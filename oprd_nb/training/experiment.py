@@ -12,12 +12,14 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+import oprd_nb
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
@@ -65,8 +67,12 @@ def bridge_term(
 # %% ../../nbs/23_training/08_experiment.ipynb #648c16f3
 def versions() -> dict[str, str]:
     """Versions a reader needs to repeat a run, and the commit, if this is a checkout."""
-    packages = ("oprd_nb", "torch", "transformers", "trl", "peft", "datasets")
-    found = {name: version(name) for name in packages}
+    found = {"oprd_nb": oprd_nb.__version__}
+    for name in ("torch", "transformers", "trl", "peft", "datasets"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    if shutil.which("git") is None:
+        return found
     folder = Path(__file__).parent if "__file__" in globals() else Path.cwd()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
     if git.returncode == 0:
