@@ -133,7 +133,7 @@ def bench_loss_path(
 # %% ../../nbs/50_bench/02_measure.ipynb #caf2eca7
 @dataclass
 class DeviceRounds:
-    """What was measured on a device: rounds as `bench_loss_path` has them, and method -> error of the rest."""
+    """Rounds as `bench_loss_path` has them, and method -> error of those that failed."""
 
     rounds: pd.DataFrame
     failed: dict[str, str]
@@ -157,11 +157,10 @@ def bench_on_device(shape: Shape, methods: dict[str, Loss] | None = None, rounds
                 failed[method] = f"{type(error).__name__}: {first_line(error)}"
                 student.zero_grad(set_to_none=True)
                 continue
-            records.append(
-                {"method": method, "round": number, "seconds": cost.seconds, "delta_peak": cost.delta_peak}
-            )
-    table = pd.DataFrame(records, columns=["method", "round", "seconds", "delta_peak"])
-    return DeviceRounds(table[table["round"] > 0].reset_index(drop=True), failed)
+            records.append((method, number, cost.seconds, cost.delta_peak))
+    after_warming_up = [record for record in records if record[1] > 0]
+    table = pd.DataFrame(after_warming_up, columns=["method", "round", "seconds", "delta_peak"])
+    return DeviceRounds(table, failed)
 
 # %% ../../nbs/50_bench/02_measure.ipynb #00000011
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
