@@ -16,6 +16,8 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that train for minutes")
+    parser.addoption("--device", default="emu", help="device of tests/test_emulated.py: emu or cuda")
+    parser.addoption("--device_parts", default="", help="its parts, separated by commas; by default all")
     parser.addoption("--browser", action="store_true", help="also run the tests that open a page in chromium")
 
 

@@ -23,11 +23,19 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "summary",
             "target_bytes",
         ],
+        "gpu": ["gradient_parity", "load_gpu_check", "outcomes", "stored_gpu_checks", "train_random"],
         "results": ["cost_figure", "growth_figure", "load_bench", "save_bench"],
     },
 )
 
 if TYPE_CHECKING:
+    from .gpu import (
+        gradient_parity as gradient_parity,
+        load_gpu_check as load_gpu_check,
+        outcomes as outcomes,
+        stored_gpu_checks as stored_gpu_checks,
+        train_random as train_random,
+    )
     from .measure import (
         AXES as AXES,
         bench_bridge as bench_bridge,

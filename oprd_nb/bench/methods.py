@@ -97,7 +97,10 @@ def make_model(shape: Shape, seed: int) -> nn.Module:
         max_position_embeddings=shape.prompt + shape.response,
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype)).to(shape.device)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype)).to(shape.device)
+    # Moving to some devices copies embeddings and head one by one.
+    model.tie_weights()
+    return model
 
 # %% ../../nbs/50_bench/01_methods.ipynb #b1000005
 def make_rollouts(shape: Shape, lengths: Sequence[int] | None = None) -> Rollouts:

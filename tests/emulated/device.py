@@ -137,6 +137,13 @@ def _module(library: ctypes.CDLL) -> types.ModuleType:
     return module
 
 
+def claim_bfloat16() -> None:
+    """Let transformers train in bfloat16 here: it asks CUDA and a few others by name and refuses the rest."""
+    import transformers.training_args
+
+    transformers.training_args.is_torch_bf16_gpu_available = lambda *_, **__: True
+
+
 def start(build: Path) -> Listener:
     """Compile the device into the folder `build`, unless it is there, and register it as `emu`."""
     build.mkdir(parents=True, exist_ok=True)
@@ -148,7 +155,8 @@ def start(build: Path) -> Listener:
     torch._register_device_module("emu", _module(library))
     torch.utils.generate_methods_for_privateuse1_backend()
     listener = Listener()
-    # Kept: the library holds the bare address of the function only.
+    # Both kept with the device: the library holds the bare address of the function only.
+    torch.emu.listener = listener
     listener.callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p)(listener.hear)
     library.emu_listen(listener.callback)
     return listener

@@ -1,11 +1,12 @@
-"""Does on the emulated accelerator what a GPU's user does, and on the CPU for comparison; prints JSON.
+"""Does on an accelerator what a GPU's user does, and on the CPU for comparison; prints JSON.
 
-usage: work.py BUILD
+usage: work.py BUILD [--device emu|cuda] [--parts losses,training,...]
 
-BUILD: the folder for the compiled device. Every part of the result is a number, or a list of them, or under
-"refused" the message of what could not be done.
+BUILD: the folder for the compiled device, where it is the emulated one, as it is by default. Every part of
+the result is a number, or a list of them, or under "refused" the message of what could not be done.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -21,11 +22,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import transformers.training_args
 from accelerate import dispatch_model
 from accelerate.state import AcceleratorState
 from conftest import tiny_qwen3
-from emulated.device import Events, start
+from emulated.device import Events, claim_bfloat16, start
+from emulated.gpu import CudaListener
 from peft import LoraConfig, get_peft_model
 
 from oprd_nb.bridge.pca import Bridge, fit_bridge
@@ -51,17 +52,25 @@ from oprd_nb.training.trainer import OPRDTrainer
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore")
-LISTENER = start(Path(sys.argv[1]))
-# Asked of CUDA and a few others by name, and otherwise bfloat16, TRL's default, is refused.
-transformers.training_args.is_torch_bf16_gpu_available = lambda *_, **__: True
+PARTS = ("losses", "bridges", "measured", "adapters", "split", "evaluation", "training", "counts")
+parser = argparse.ArgumentParser()
+parser.add_argument("build", type=Path)
+parser.add_argument("--device", default="emu")
+parser.add_argument("--parts", default=",".join(PARTS))
+OPTIONS = parser.parse_args()
+if OPTIONS.device == "emu":
+    LISTENER = start(OPTIONS.build)
+    claim_bfloat16()
+else:
+    LISTENER = CudaListener()
 
-PLACES = {
-    "cpu": ("cpu", "cpu"),
-    "device": ("emu:0", "emu:0"),
-    "two devices": ("emu:0", "emu:1"),
-    "host teacher": ("emu:0", "cpu"),
-}
+FIRST = f"{OPTIONS.device}:0"
+SECOND = f"{OPTIONS.device}:1"
+HAS_TWO = torch.accelerator.device_count() > 1
+PLACES = {"cpu": ("cpu", "cpu"), "device": (FIRST, FIRST), "host teacher": (FIRST, "cpu")}
 """Where student and teacher are, by name."""
+if HAS_TWO:
+    PLACES["two devices"] = (FIRST, SECOND)
 
 
 class OnDevices:
@@ -125,10 +134,10 @@ def bridged(place: str, rollouts: Rollouts) -> dict[str, list[float]]:
 def split_over_devices(rollouts: Rollouts) -> dict[str, list[float]]:
     """The losses of a student and a teacher whose layers are on two devices each."""
     at = OnDevices("cpu", rollouts)
-    for model, head in ((at.student, "emu:0"), (at.teacher.model, "emu:1")):
-        layers = {f"model.layers.{i}": f"emu:{i // 2}" for i in range(4)}
-        places = {"model.embed_tokens": "emu:0", "model.norm": "emu:1", "model.rotary_emb": "emu:0"}
-        dispatch_model(model, places | layers | {"lm_head": head}, main_device="emu:0", force_hooks=True)
+    for model, head in ((at.student, FIRST), (at.teacher.model, SECOND)):
+        layers = {f"model.layers.{i}": (FIRST, SECOND)[i // 2] for i in range(4)}
+        places = {"model.embed_tokens": FIRST, "model.norm": SECOND, "model.rotary_emb": FIRST}
+        dispatch_model(model, places | layers | {"lm_head": head}, main_device=FIRST, force_hooks=True)
     return {name: loss_and_gradient(objective, at) for name, objective in objectives().items()}
 
 
@@ -237,14 +246,14 @@ def random_bridge(layers: int) -> Bridge:
 
 def micro_batch(objective: Term | Objective, layers: int) -> Events:
     """Forward and backward passes of two random models of this depth on four responses of 20 tokens."""
-    student = tiny_qwen3(0, layers=layers).to("emu:0")
-    teacher = Teacher(tiny_qwen3(1, layers=layers).to("emu:0"), embedded("same").tokenizer)
+    student = tiny_qwen3(0, layers=layers).to(FIRST)
+    teacher = Teacher(tiny_qwen3(1, layers=layers).to(FIRST), embedded("same").tokenizer)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 30, (4, 24), generator=generator)
     mask = torch.ones_like(ids).bool()
     response = mask.clone()
     response[:, :4] = False
-    rollouts = Rollouts(ids, mask, response).to("emu:0")
+    rollouts = Rollouts(ids, mask, response).to(FIRST)
     pairs = teacher.read(rollouts, teacher.tokenizer)
     terms = as_objective(objective)
     counts = terms.counts(pairs)
@@ -274,7 +283,7 @@ def counted(rollouts: Rollouts) -> dict[str, dict]:
     states = join_states(collect(*at.reading()))
     with LISTENER.during() as events["linear_probe"]:
         linear_probe(states.student, states.token, states.response)
-    hidden = torch.randn(4000, 1536, dtype=torch.bfloat16, device="emu:0", requires_grad=True)
+    hidden = torch.randn(4000, 1536, dtype=torch.bfloat16, device=FIRST, requires_grad=True)
     target = torch.randn_like(hidden.detach())
     with LISTENER.during() as events["distances"]:
         losses, _ = position_distances(hidden, Target.of(target), "normalized_mse")
@@ -285,8 +294,8 @@ def counted(rollouts: Rollouts) -> dict[str, dict]:
     }
 
 
-def everything() -> dict:
-    """All parts by name, and what was refused."""
+def everything(parts: list[str]) -> dict:
+    """The named parts, and what was refused."""
     pair = embedded("same")
     prompts = pair.task.train["prompt"][:80]
     rollouts = HFSampler(pair.student, pair.tokenizer).sample(prompts, max_new_tokens=24)
@@ -303,20 +312,29 @@ def everything() -> dict:
             lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in own]
             results["refused"][name] = f"{str(error).splitlines()[0]} ({' < '.join(reversed(lines))})"
 
-    for place in PLACES:
-        attempt(f"losses, {place}", losses, place, few)
-        attempt(f"bridges, {place}", bridged, place, rollouts)
-        attempt(f"measured, {place}", read, place, rollouts)
-        attempt(f"adapters on the head, {place}", adapted_head, place, few)
-    attempt("losses, split", split_over_devices, few)
+    everywhere = {
+        "losses": ("losses", losses, few),
+        "bridges": ("bridges", bridged, rollouts),
+        "measured": ("measured", read, rollouts),
+        "adapters": ("adapters on the head", adapted_head, few),
+    }
+    for part, (name, work, read_rollouts) in everywhere.items():
+        for place in PLACES:
+            if part in parts:
+                attempt(f"{name}, {place}", work, place, read_rollouts)
+    if "split" in parts and HAS_TWO:
+        attempt("losses, split", split_over_devices, few)
     for place in ("cpu", "device"):
-        attempt(f"evaluation, {place}", evaluated, place)
+        if "evaluation" in parts:
+            attempt(f"evaluation, {place}", evaluated, place)
     with TemporaryDirectory() as folder:
-        for place in ("cpu", "device", "two devices"):
-            attempt(f"training, {place}", trained, place, few, folder)
-    attempt("counts", counted, rollouts)
+        for place in PLACES:
+            if "training" in parts and place != "host teacher":
+                attempt(f"training, {place}", trained, place, few, folder)
+    if "counts" in parts:
+        attempt("counts", counted, rollouts)
     return results
 
 
 if __name__ == "__main__":
-    print(json.dumps(everything()))
+    print(json.dumps(everything(OPTIONS.parts.split(","))))
