@@ -140,6 +140,11 @@ def damaged_table(file: str, table: pd.DataFrame, rng: random.Random, each: int 
     yield Case(f"{file}: no columns", file, table[[]])
 
 
+def check_none(wrong: list[tuple]) -> None:
+    """Fails with one line per case that went wrong."""
+    assert not wrong, "\n".join([f"{len(wrong)} cases", *map(str, wrong)])
+
+
 def too_late(*_: object) -> None:
     raise TimeoutError(f"no answer in {PATIENCE} s")
 

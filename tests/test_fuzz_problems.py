@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzzing import FOREIGN, LAUGHS, Case, damaged_bytes, damaged_table, flaw, reader_flaw
+from fuzzing import FOREIGN, LAUGHS, Case, check_none, damaged_bytes, damaged_table, flaw, reader_flaw
 
 from oprd_nb.tasks.loading import load_task
 
@@ -156,7 +156,7 @@ def check(cases, folder):
             found = reader_flaw(read, path.name, refused)
             if found:
                 wrong.append((case.name, need_answers, found))
-    assert not wrong, (len(wrong), wrong[:30])
+    check_none(wrong)
 
 
 def test_an_eighth_of_the_damaged_problems(tmp_path):
@@ -200,7 +200,7 @@ def test_damaged_settings_files(tmp_path, monkeypatch, capsys):
         found = flaw([*COMMANDS["train"], "arithmetic", "--config", str(path)], capsys)
         if found:
             wrong.append((name, found))
-    assert not wrong, (len(wrong), wrong)
+    check_none(wrong)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -214,5 +214,5 @@ def test_every_command_that_reads_problems_refuses_them(command, tmp_path, monke
         if found:
             wrong.append((case.name, found))
         (tmp_path / case.file).unlink()
-    assert not wrong, (len(wrong), wrong)
+    check_none(wrong)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,17 @@ import shutil
 import pandas as pd
 import pytest
 import yaml
-from fuzzing import FOREIGN, LAUGHS, Case, damaged_bytes, damaged_json, damaged_table, flaw, reader_flaw
+from fuzzing import (
+    FOREIGN,
+    LAUGHS,
+    Case,
+    check_none,
+    damaged_bytes,
+    damaged_json,
+    damaged_table,
+    flaw,
+    reader_flaw,
+)
 
 from oprd_nb.explore.rollouts import answers_of
 from oprd_nb.explore.scores import save_tokens
@@ -92,7 +102,7 @@ def check(tmp_path, capsys, every):
         if found or left not in (["damaged", "good"], ["damaged", "good", "page.html"]):
             wrong.append((case.name, found, left))
         page.unlink(missing_ok=True)
-    assert not wrong, (len(wrong), wrong[:40])
+    check_none(wrong)
 
 
 def test_an_eighth_of_the_damaged_runs(tmp_path, capsys):
@@ -128,4 +138,5 @@ def test_damaged_scores_of_tokens(tmp_path):
         found = reader_flaw(lambda: answers_of(run), str(run), case.refused)
         if found:
             wrong.append((case.name, found))
-    assert len(cases) > 30 and not wrong, (len(wrong), wrong)
+    assert len(cases) > 30
+    check_none(wrong)
