@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'PROMPTS_FOR_PAIRS', 'ARGUMENTS', 'format_of', 'bridge_of', 'training_prompts',
            'validation_problems', 'teacher_of', 'sampler_of', 'accuracy_of', 'layer_pairs_of', 'stage', 'load_pair',
-           'missing_from_report', 'placement_of_run', 'stages_of', 'check_output_dir', 'look_ahead', 'check_start',
-           'check_same_settings', 'train', 'after_interrupt', 'run']
+           'missing_from_report', 'placement_of_run', 'stages_of', 'check_output_dir', 'look_ahead', 'print_short',
+           'check_start', 'check_same_settings', 'train', 'after_interrupt', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import os
 import shlex
 import sys
 import tempfile
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -60,6 +62,7 @@ from ..training.experiment import BRIDGE_KINDS, distil
 from ..training.interrupts import what_is_safe
 from ..training.lock import run_lock
 from ..training.sampling import effective_line
+from ..training.startup import Finding, StartWarning, findings_at_start, findings_of_check, with_answers
 from ..training.trainer import OPRDTrainer
 
 # %% ../../nbs/60_cli/04_train.ipynb #41073ccd
@@ -306,11 +309,21 @@ def look_ahead(args: TrainArguments, config: OPRDConfig) -> None:
     print(*plan_lines(args, config, rows), sep="\n")
 
 # %% ../../nbs/60_cli/04_train.ipynb #bc889e1b
+def print_short(found: Sequence[Finding]) -> None:
+    """One line for what was looked at, and one on stderr for each finding that is not fine."""
+    print(f"checked: {', '.join(finding.what for finding in found)}")
+    for finding in found:
+        if not finding.fine:
+            print(finding, file=sys.stderr)
+
+
 def check_start(
     args: TrainArguments, config: OPRDConfig, pair: ModelPair, sampler: Sampler | None, teacher: Teacher
 ) -> None:
-    """What a run checks when it begins, without a run folder: settings, terms, data, vocabularies, ends."""
+    """What a run checks when it begins, without a run folder, then all that can be looked at before it."""
     bridge = bridge_of(args.method, args, config, pair, teacher)
+    held_out = validation_problems(args)
+    of_student = format_of(args, config)
     with tempfile.TemporaryDirectory() as folder:
         settings = copy(config)
         settings.output_dir = folder
@@ -320,12 +333,25 @@ def check_start(
             objective=objective_of(args.method, args, bridge, layer_pairs_of(args, config, pair, teacher)),
             args=settings,
             train_dataset=pair.task.train,
-            eval_dataset=validation_problems(args),
+            eval_dataset=held_out,
             processing_class=pair.tokenizer,
             sampler=sampler,
-            prompt_format=format_of(args, config),
+            prompt_format=of_student,
         )
-    print("everything that a run checks when it begins is right")
+    found = findings_of_check(
+        pair.student,
+        pair.tokenizer,
+        teacher,
+        config,
+        pair.task.train,
+        of_student,
+        # Stored responses were written by another student, and are no answers to problems.
+        None if args.replay else sampler,
+        with_answers(pair.task.test, held_out, pair.task.train),
+    )
+    print(*found, sep="\n")
+    if all(finding.fine for finding in found):
+        print("everything that a run checks when it begins is right")
 
 # %% ../../nbs/60_cli/04_train.ipynb #10da4eb7
 def check_same_settings(args: TrainArguments, config: OPRDConfig) -> None:
@@ -354,9 +380,11 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     trainable = [parameter for parameter in pair.student.parameters() if parameter.requires_grad]
     sampler = sampler_of(args, pair)
     teacher = teacher_of(args, pair, of_student)
+    warnings.filterwarnings("ignore", category=StartWarning)  # it is printed as one line
     if args.check:
         check_start(args, config, pair, sampler, teacher)
         return
+    print_short(findings_at_start(pair.student, pair.tokenizer, teacher, config, pair.task.train, of_student))
     for request, settings in stages_of(args, config):
         for parameter in trainable:
             parameter.requires_grad_(True)  # an earlier stage froze what its loss does not reach

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['check_trl', 'check_max_steps', 'check_mappings', 'check_loggers', 'prepare_settings', 'WritingConfig', 'OPRDConfig',
-           'logprob_tolerance_of', 'freeze_unused', 'check_precision', 'warn_about_ends', 'check_shared',
-           'check_dataset', 'check_terms', 'bridge_of', 'settings_of', 'method_of_term', 'method_and_label',
-           'device_in_words', 'about_of']
+           'logprob_tolerance_of', 'freeze_unused', 'check_precision', 'check_shared', 'check_dataset', 'check_terms',
+           'bridge_of', 'settings_of', 'method_of_term', 'method_and_label', 'device_in_words', 'about_of']
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
 import json
 import math
 import os
-import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import date
 from enum import Enum
@@ -35,9 +33,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ..bridge.base import BridgeBase
 from ..capture import FINAL, backbone_of, blocks_of, num_layers_of
-from ..models.loading import end_tokens
 from ..objectives.terms import Objective, Term, as_objective
-from ..pairing.token_bytes import fingerprint
 from ..runs.folder import method_style
 from ..runs.settings import Range, check_choice, check_numbers
 from ..tasks.grading import grader
@@ -303,24 +299,6 @@ def check_precision(model: nn.Module) -> None:
         raise ValueError(
             f"model: {len(narrow)} trainable parameters are {dtype} (such as {narrow[0]}), which rounds most "
             "updates away; load it with load_model(..., train=True), or call model.float()"
-        )
-
-# %% ../../nbs/23_training/05_config.ipynb #09c1ba27
-def warn_about_ends(student: nn.Module, student_tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> None:
-    """Warn where the teacher never ends a turn with a token that ends one for the student.
-
-    Compared where both have the same tokenizer only.
-    """
-    if fingerprint(student_tokenizer) != fingerprint(teacher.tokenizer):
-        return
-    student_ends = end_tokens(student, student_tokenizer)
-    teacher_ends = end_tokens(teacher.model, teacher.tokenizer)
-    if not set(student_ends) & set(teacher_ends):
-        warnings.warn(
-            f"the student ends a turn with {student_tokenizer.convert_ids_to_tokens(student_ends)}, "
-            f"the teacher with {student_tokenizer.convert_ids_to_tokens(teacher_ends)}: "
-            "expect ever longer responses (watch response/truncated)",
-            stacklevel=3,
         )
 
 # %% ../../nbs/23_training/05_config.ipynb #0000000e

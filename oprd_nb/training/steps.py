@@ -53,7 +53,6 @@ from oprd_nb.training.config import (
     logprob_tolerance_of,
     method_and_label,
     settings_of,
-    warn_about_ends,
 )
 from .diagnostics import GradientSignal, StepMetrics, averages
 from oprd_nb.training.finite import (
@@ -68,6 +67,7 @@ from oprd_nb.training.finite import (
     tally,
 )
 from .sampling import evaluation_settings, rollout_settings, sampler_for_stops
+from .startup import warn_at_start
 from ..utils import measured
 
 # %% ../../nbs/23_training/06_steps.ipynb #d3414c64
@@ -221,7 +221,7 @@ class TrainerBase(AskedSides):
             **trainer_options,
         )
         self._check_token_budget(args.token_budget)
-        warn_about_ends(self.model, processing_class, teacher)
+        warn_at_start(self.model, processing_class, teacher, args, train_dataset, self.prompt_format)
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()
         self.passes = []
