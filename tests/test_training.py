@@ -23,7 +23,8 @@ from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.config import check_trl, freeze_unused
+from oprd_nb.training.config import check_trl
+from oprd_nb.training.reach import freeze_unused
 from oprd_nb.training.trainer import OPRDTrainer
 
 TERMS = [
@@ -554,7 +555,9 @@ def test_autocast_reaches_the_loss_and_the_teacher(same, tmp_path, bf16):
 
     def note(name):
         def hook(module, inputs, output):
-            seen.setdefault(name, set()).add(output.dtype)
+            # The checks at the start read one row, without autocast.
+            if len(output) > 1:
+                seen.setdefault(name, set()).add(output.dtype)
 
         return hook
 

@@ -61,6 +61,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     ),
+    "deepseek_v2": dict(head_dim=4, num_key_value_heads=4),
+    "deepseek_v3": dict(head_dim=4, num_key_value_heads=4),
     "dots1": dict(n_shared_experts=1),
     "falcon_h1": dict(lm_head_multiplier=0.5),
     "gemma2": dict(final_logit_softcapping=0.5),

@@ -38,6 +38,7 @@ from transformers import (
 
 from ..capture import FINAL, capture_each, lm_head_of
 from ..core import Positions, Rollouts
+from ..models.checks import check_padding
 from ..models.loading import end_tokens, input_device
 from .batches import OwnStreams, run_in_batches, uniforms
 from .prompts import PromptFormat, repeat_prompts
@@ -382,6 +383,8 @@ class HFSampler(HFCopy):
             temperature, top_p, top_k, min_p, repetition_penalty, stop, max_new_tokens
         )
         prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n, self.prompt_format)
+        if len({len(ids) for ids in prompt_ids}) > 1:
+            check_padding(self.writer, "prompts")
         config = generation_config(settings, self.eos_token_ids, self.pad_token_id)
         random = [uniforms(seed, i, max_new_tokens) for i in range(len(prompt_ids))]
         responses: list[list[int]] = [[] for _ in prompt_ids]

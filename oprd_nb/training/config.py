@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_trl', 'check_max_steps', 'check_mappings', 'check_loggers', 'prepare_settings', 'WritingConfig', 'OPRDConfig',
-           'logprob_tolerance_of', 'freeze_unused', 'check_precision', 'check_shared', 'check_dataset', 'check_terms',
-           'bridge_of', 'settings_of', 'method_of_term', 'method_and_label', 'device_in_words', 'about_of']
+           'logprob_tolerance_of', 'check_precision', 'check_shared', 'check_dataset', 'check_terms', 'bridge_of',
+           'settings_of', 'method_of_term', 'method_and_label', 'device_in_words', 'about_of']
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
@@ -32,8 +32,8 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ..bridge.base import BridgeBase
-from ..capture import FINAL, backbone_of, blocks_of, num_layers_of
-from ..objectives.terms import Objective, Term, as_objective
+from ..capture import num_layers_of
+from ..objectives.terms import Objective, Term
 from ..runs.folder import method_style
 from ..runs.settings import Range, check_choice, check_numbers
 from ..tasks.grading import grader
@@ -257,34 +257,6 @@ def logprob_tolerance_of(student: nn.Module, args: OPRDConfig) -> float:
         return args.logprob_tolerance
     exact = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in student.parameters())
     return 1e-3 if exact and not (args.bf16 or args.fp16) else 0.1
-
-# %% ../../nbs/23_training/05_config.ipynb #0000000b
-def freeze_unused(model: nn.Module, objective: Objective | Term) -> list[str]:
-    """Turn off gradients of parameters that `objective` cannot reach; returns their names.
-
-    Input embeddings are always reached.
-    """
-    objective = as_objective(objective)
-    whole: Any = model
-    backbone = backbone_of(model)
-    blocks = blocks_of(backbone)[1]
-    read = {key for _, term in objective.terms for key in term.student_layers(len(blocks))}
-    norm_is_read = FINAL in read or (objective.final_norm and len(blocks) in read)
-    deepest = len(blocks) if FINAL in read else max(read)
-    unreached = [p for block in blocks[deepest:] for p in block.parameters()]
-    if not norm_is_read:
-        inside = {id(p) for block in blocks for p in block.parameters()}
-        inside |= {id(p) for p in whole.get_input_embeddings().parameters()}
-        unreached += [p for p in backbone.parameters() if id(p) not in inside]
-    if not objective.needs_head:
-        # A head that is tied to the input embeddings belongs to the backbone and stays trainable.
-        used = {id(p) for p in backbone.parameters()}
-        unreached += [p for p in whole.get_output_embeddings().parameters() if id(p) not in used]
-    ids = {id(p) for p in unreached}
-    names = [name for name, p in model.named_parameters() if id(p) in ids and p.requires_grad]
-    for p in unreached:
-        p.requires_grad_(False)
-    return names
 
 # %% ../../nbs/23_training/05_config.ipynb #2d989017
 def check_precision(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from trl.trainer.utils import RepeatSampler
 # %% ../../nbs/23_training/06_steps.ipynb #f1a17e06
 from ..capture import Captured
 from ..core import Rollouts, set_seed
+from ..models.checks import check_padding
 from ..models.loading import check_tokenizer, input_device
 from ..objectives.objective import Losses, check_vocabularies, position_losses, reduce_losses
 from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
@@ -49,7 +50,6 @@ from oprd_nb.training.config import (
     check_shared,
     check_terms,
     check_trl,
-    freeze_unused,
     logprob_tolerance_of,
     method_and_label,
     settings_of,
@@ -66,6 +66,7 @@ from oprd_nb.training.finite import (
     second_attempt,
     tally,
 )
+from .reach import freeze_unused
 from .sampling import evaluation_settings, rollout_settings, sampler_for_stops
 from .startup import warn_at_start
 from ..utils import measured
@@ -201,6 +202,8 @@ class TrainerBase(AskedSides):
         self._set_sampling(sampler or sampler_for_stops(model, processing_class, args), args)
         self._set_formats(prompt_format, args.chat_template_kwargs, train_dataset, processing_class)
         check_tokenizer(model, processing_class, "student")
+        check_padding(model, "student")
+        check_padding(teacher.model, "teacher")
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
         check_terms(self.objective, model, teacher, processing_class)
         bridge = bridge_of(self.objective)
