@@ -11,6 +11,8 @@ __all__ = ['EMBEDDED', 'HUB_PATIENCE', 'unpacked_smollm2', 'locate_model', 'firs
 # %% ../../nbs/05_models/01_loading.ipynb #00000002
 import importlib.util
 import os
+import reprlib
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -91,8 +93,8 @@ def locate_model(name: str | Path) -> str:
 
 # %% ../../nbs/05_models/01_loading.ipynb #81fdcbff
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
+    """The first line of an error's message, at most 300 characters of it, without its full stop."""
+    return str(error).strip().split("\n")[0][:300].rstrip(".")
 
 # %% ../../nbs/05_models/01_loading.ipynb #78eabbdf
 HUB_PATIENCE = 5.0
@@ -185,7 +187,8 @@ def base_of_adapters(folder: str) -> str:
         base = str(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
     except Exception as error:  # a damaged file raises whatever its reader happens to meet
         raise ValueError(
-            f"model={folder!r}: its adapter_config.json cannot be read ({first_line(error)})"
+            f"model={folder!r}: its adapter_config.json cannot be read ({first_line(error)}); "
+            "copy the folder again, or mend that file"
         ) from None
     way_out = "write the folder or hub id of its base model into adapter_config.json"
     if not base:
@@ -195,14 +198,33 @@ def base_of_adapters(folder: str) -> str:
     return base
 
 # %% ../../nbs/05_models/01_loading.ipynb #ccd4419b
+def _read_adapters(base: PreTrainedModel, folder: str) -> tuple[dict[str, torch.Tensor], PeftModel]:
+    """The stored tensors, and `base` with them. ValueError, one line, for what does not fit or is damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
+            tensors = load_peft_weights(folder, device="cpu")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("they hold NaN or infinity")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader happens to meet
+        raise ValueError(
+            f"model={folder!r}: its adapters cannot be put on their base ({first_line(error)}); "
+            "copy the folder again, or name their own base in adapter_config.json"
+        ) from None
+    return tensors, model
+
+
 def with_stored_adapters(base: PreTrainedModel, folder: str, quantized: bool) -> PeftModel:
     """`base` with the adapters of a folder, trainable, in the precision in which they were stored."""
     if quantized:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
-    stored = {tensor.dtype for tensor in load_peft_weights(folder, device="cpu").values()}
-    if len(stored) == 1:
-        dtype = stored.pop()
+    tensors, model = _read_adapters(base, folder)
+    kinds = {tensor.dtype for tensor in tensors.values()}
+    if len(kinds) == 1:
+        dtype = kinds.pop()
         # PEFT creates adapters in the base's precision, which would round what was stored in a finer one.
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -391,7 +413,15 @@ def end_tokens(model: nn.Module | GenerationConfig, tokenizer: PreTrainedTokeniz
     declared = cast(GenerationConfig, config).eos_token_id
     if not isinstance(declared, list):
         declared = [declared]
-    return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
+    ids = [token for token in [*declared, tokenizer.eos_token_id] if token is not None]
+    for token in ids:
+        # No vocabulary is as large; what is larger fits into no tensor.
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
+            raise ValueError(
+                f"eos_token_id={reprlib.repr(declared)}: is no token id, nor a list of them; "
+                "correct generation_config.json"
+            )
+    return sorted(set(ids))
 
 # %% ../../nbs/05_models/01_loading.ipynb #00000015
 @torch.no_grad()

@@ -138,7 +138,9 @@ def _filled(
             messages, add_generation_prompt=True, return_dict=True, **options
         )
     except Exception as error:  # a template raises whatever its author, or Jinja, happens to raise
-        raise ValueError(f"cannot be put into the chat template ({first_line(error)})") from None
+        raise ValueError(
+            f"cannot be put into the chat template ({first_line(error)}); mend the template, or give another"
+        ) from None
     return [int(token) for token in cast(Mapping, filled)["input_ids"]]
 
 
