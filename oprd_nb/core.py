@@ -271,13 +271,13 @@ class RolloutFiles(RolloutTensors):
             with safe_open(path, "pt") as stored:
                 metadata = stored.metadata() or {}
                 if metadata.get("kind") != "oprd_nb.rollouts":
-                    raise ValueError(f"path={str(path)!r}: holds no rollouts; write them with Rollouts.save")
+                    raise ValueError("it holds no rollouts")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        except (OSError, SafetensorError) as error:
+            return cls(**tensors, prompts=json.loads(metadata["prompts"]))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"path={str(path)!r}: cannot be read as rollouts ({error}); write them with Rollouts.save"
             ) from None
-        return cls(**tensors, prompts=json.loads(metadata["prompts"]))
 
 # %% ../nbs/01_core.ipynb #00000012
 def check_ragged(

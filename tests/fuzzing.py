@@ -162,7 +162,8 @@ def flaw(argv: list[str], capsys, named: str = "", refused: bool | None = True) 
         signal.alarm(0)
         signal.signal(signal.SIGALRM, earlier)
     error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("oprd ")]
+    # A progress bar may stand in front of it, on the same line.
+    lines = re.findall(rf"oprd {argv[0]}: .*", error)
     if code == 0:
         return "accepted" if refused else None
     if code != 2:
@@ -172,7 +173,7 @@ def flaw(argv: list[str], capsys, named: str = "", refused: bool | None = True) 
     (line,) = lines
     if named not in line:
         return f"does not name {named}: {line[:300]}"
-    if not re.search(r"; [\w`]|between|give|use|mend|write|copy", line):
+    if not re.search(r"; [\w`]|between|[Cc]hoose|give|use|mend|write|copy", line):
         return f"names no way out: {line[:300]}"
     if len(line) > 700:
         return f"is {len(line)} characters long: {line[:300]}"

@@ -9,6 +9,7 @@ __all__ = ['HELD_OUT', 'BRIDGE_FILE', 'ModelSpec', 'differences', 'spec_of', 'Br
 
 # %% ../../nbs/12_bridge/01_base.ipynb #00000003
 import json
+import reprlib
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +41,14 @@ class ModelSpec:
     """Size of the embedding matrix; compared only if one of the two tokenizers is not known."""
     tokenizer: str | None = None
     """The tokenizer's `fingerprint`."""
+
+    def __post_init__(self):
+        kinds = {"width": int, "name": str, "depth": int, "vocabulary": int, "tokenizer": str}
+        for fact, kind in kinds.items():
+            value = getattr(self, fact)
+            unknown = value is None and fact != "width"
+            if not unknown and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ValueError(f"{fact}={reprlib.repr(value)}: must be of the kind {kind.__name__}")
 
 # %% ../../nbs/12_bridge/01_base.ipynb #5e000002
 def differences(fitted: ModelSpec, given: ModelSpec) -> str:
@@ -304,20 +313,20 @@ def load_maps(path: str | Path, *kinds: type[_Maps]) -> _Maps:
     ValueError if the file is missing, cut short, something else, or another kind of bridge.
     """
     file = bridge_file(path)
+    by_name = {cls.__name__: cls for cls in kinds}
     try:
         kind, header, tensors = _read(file)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        if kind in by_name:
+            return by_name[kind](header, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), "")[:300]
         raise ValueError(
             f"path={str(file)!r}: cannot be read as a bridge ({reason}); "
             "write one with its `save` or with `oprd bridge`"
         ) from None
-    by_name = {cls.__name__: cls for cls in kinds}
-    if kind not in by_name:
-        raise ValueError(
-            f"path={str(file)!r}: holds a {kind}, not a {' or '.join(by_name)}; load it with {kind}.load"
-        )
-    return by_name[kind](header, tensors)
+    raise ValueError(
+        f"path={str(file)!r}: holds a {kind}, not a {' or '.join(by_name)}; load it with {kind}.load"
+    )
 
 # %% ../../nbs/12_bridge/01_base.ipynb #6f1d2a10
 class BridgeBase(BoundMaps):

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['LayerPair', 'CHUNK', 'PlantedStates', 'planted_pair', 'check_finite', 'check_paired', 'float64_device', 'as_float64',
            'float64_chunks', 'PairSums', 'Covariances', 'CovarianceSums', 'PairMoments', 'MomentsByLayer',
-           'SavedMoments', 'Moments', 'principal_components', 'pca_spectrum', 'EffectiveRank', 'effective_rank']
+           'check_stored', 'SavedMoments', 'Moments', 'principal_components', 'pca_spectrum', 'EffectiveRank',
+           'effective_rank']
 
 # %% ../../nbs/10_structure/01_moments.ipynb #00000002
 import json
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -279,6 +281,15 @@ _KIND = "oprd_nb.moments"
 _TENSORS = ("mean_student", "mean_teacher", "scatter_student", "scatter_cross", "scatter_teacher")
 
 
+def check_stored(empty: PairMoments, count: object, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for stored moments that are not finite, or have other shapes than `empty`."""
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"counts: {reprlib.repr(count)} is no number of states")
+    for name, tensor in tensors.items():
+        if tensor.shape != getattr(empty, name).shape or not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite, or has another shape than the widths say")
+
+
 class SavedMoments(MomentsByLayer):
     """Moments in a safetensors file."""
 
@@ -305,15 +316,25 @@ class SavedMoments(MomentsByLayer):
             with safe_open(path, "pt", device=str(device)) as stored:
                 metadata = stored.metadata() or {}
                 if metadata.get("kind") != _KIND:
-                    raise ValueError(f"path={str(path)!r}: holds no moments; write them with Moments.save")
+                    raise ValueError("it holds no moments")
                 header = json.loads(metadata["header"])
                 moments = cls(header["layer_pairs"], header["d_student"], header["d_teacher"], device)
                 for pair, count in zip(moments.layer_pairs, header["counts"], strict=True):
-                    tensors = [stored.get_tensor(f"{pair[0]}.{pair[1]}.{name}") for name in _TENSORS]
-                    moments.pairs[pair] = PairMoments(count, *tensors, layer_pair=pair)
-        except (OSError, SafetensorError) as error:
+                    tensors = {name: stored.get_tensor(f"{pair[0]}.{pair[1]}.{name}") for name in _TENSORS}
+                    check_stored(moments.pairs[pair], count, tensors)
+                    moments.pairs[pair] = PairMoments(count, *tensors.values(), layer_pair=pair)
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            RecursionError,
+        ) as error:
+            reason = next(iter(str(error).splitlines()), "")[:200]
             raise ValueError(
-                f"path={str(path)!r}: cannot be read as moments ({error}); write them with Moments.save"
+                f"path={str(path)!r}: cannot be read as moments ({reason}); write them with Moments.save"
             ) from None
         return moments
 
