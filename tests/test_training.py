@@ -584,3 +584,20 @@ def test_stop_texts_and_filters_without_a_sampler_reach_rollouts_and_evaluation(
     prompt_ids = encode_prompts(same.tokenizer, [same.task.train[0]["prompt"]] * 4)
     texts = same.tokenizer.batch_decode(trainer._generate_single_turn(prompt_ids, None, {}))
     assert all(text.count("=") == 1 and text.endswith("=") for text in texts)
+
+
+def test_training_rollouts_are_graded_where_there_are_answers(same, tmp_path):
+    _, seen = train(tmp_path / "with", same, Representation())
+    (line,) = [line for line in seen.logs if "loss" in line]
+    assert 0 < line["rollout/accuracy"] < 1 and line["rollout/accuracy"] + line["rollout/no_answer"] <= 1
+    same.task.train = same.task.train.remove_columns("answer")
+    _, seen = train(tmp_path / "without", same, Representation())
+    (line,) = [line for line in seen.logs if "loss" in line]
+    assert "rollout/accuracy" not in line
+
+
+def test_no_step_is_made_at_rate_0_and_a_schedule_ends_as_it_should(same, tmp_path):
+    changes = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, warmup_steps=2)
+    _, seen = train(tmp_path, same, Representation(), lr_scheduler_type="linear", **changes)
+    rates = [line["learning_rate"] / 1e-3 for line in seen.logs if "loss" in line]
+    assert rates == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])

@@ -106,6 +106,8 @@ METRICS = {
     # Rollouts.
     "response_length/mean": Metric("tokens", "Tokens per response", ","),
     "response/truncated": Metric("share", "Responses cut off", ".1%"),
+    "rollout/accuracy": Metric("share", "Right responses in training", ".1%"),
+    "rollout/no_answer": Metric("share", "Responses without an answer", ".1%"),
     "response/nonfinite": Metric("share", "Responses left out, not finite", ".1%"),
     "step/skipped": Metric("share", "Steps skipped", ".1%"),
     "pairing/coverage": Metric("share", "Positions paired with the teacher", ".1%"),

@@ -242,7 +242,7 @@ def check_teacher(
             grade_with=args.grade_with or None,
             **evaluation_settings(args).keywords(),
         )
-        right[name] = int(result.samples["correct"].sum())
+        right[name] = sum(result.samples["correct"])
     text = f"student {right['student']}, teacher {right['teacher']} of {len(chosen)} problems right"
     if right["teacher"] > right["student"]:
         return Finding("teacher against student", text)

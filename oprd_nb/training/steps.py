@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WrappedModels', 'AskedSides', 'TrainerBase', 'EpochSampler', 'rollouts_of', 'PromptMixin', 'SamplingMixin',
-           'RolloutMixin', 'LossMixin', 'SignalMixin', 'LogMixin', 'FiniteMixin', 'CheckedSteps', 'StepMixin']
+           'RolloutMixin', 'LossMixin', 'SignalMixin', 'LogMixin', 'FiniteMixin', 'CheckedSteps', 'from_first_step',
+           'ScheduleMixin', 'StepMixin']
 
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
 import math
@@ -21,6 +22,7 @@ from datasets import Dataset
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.distillation_trainer import DistillationTrainer
@@ -29,6 +31,7 @@ from trl.trainer.utils import RepeatSampler
 # %% ../../nbs/23_training/06_steps.ipynb #f1a17e06
 from ..capture import Captured
 from ..core import Rollouts, set_seed
+from ..evaluation.sampling import Grading
 from ..models.checks import check_padding
 from ..models.loading import check_tokenizer, input_device
 from ..objectives.objective import Losses, check_vocabularies, position_losses, reduce_losses
@@ -356,6 +359,7 @@ class RolloutMixin(SamplingMixin):
         self._supervised_steps.see(counts)
         counts = counts / self.accelerator.num_processes
         self._describe_rollouts(rollouts, pairs)
+        self._grade_rollouts(rollouts, [example.get("answer") for example in inputs])
         return batch | MicroBatch(rollouts, pairs, counts).to_batch()
 
     def _describe_rollouts(self, rollouts: Rollouts, pairs: Pairs) -> None:
@@ -364,6 +368,17 @@ class RolloutMixin(SamplingMixin):
         self.step_metrics.add("response_length/mean", rollouts.response_lengths.sum(), len(rollouts))
         self.step_metrics.add("response/truncated", truncated.sum(), len(rollouts))
         self.step_metrics.add("pairing/coverage", pairs.coverage)
+
+    def _grade_rollouts(self, rollouts: Rollouts, answers: list[str | None]) -> None:
+        """Where the set has answers: the share of right responses, and of those without an answer."""
+        known = [answer for answer in answers if answer is not None]
+        if len(known) < len(answers):
+            return
+        grading = Grading(self.args.grade_with or None)
+        texts = rollouts.texts(self._tokenizer)
+        without = [grading.extracted(text) is None for text in texts]
+        self.step_metrics.add("rollout/accuracy", sum(grading.grades(texts, known)), len(texts))
+        self.step_metrics.add("rollout/no_answer", sum(without), len(texts))
 
 # %% ../../nbs/23_training/06_steps.ipynb #00000016
 class LossMixin(TrainerBase):
@@ -578,8 +593,26 @@ class CheckedSteps(FiniteMixin):
         self._skipped_steps.skipped(self.state.global_step + 1, reason)
         return torch.zeros((), device=self.accelerator.device)
 
+# %% ../../nbs/23_training/06_steps.ipynb #f1a17e12
+def from_first_step(schedule: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """`schedule`, a factor per step, whose `warmup` steps begin above 0."""
+    return lambda step: schedule(step + 1) if step < warmup else schedule(step)
+
+
+class ScheduleMixin(TrainerBase):
+    """A learning rate above 0 from the first step on."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """The schedule of the settings, its warm-up begun above 0."""
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            factors = [from_first_step(factor, warmup) for factor in scheduler.lr_lambdas]
+            self.lr_scheduler = scheduler = LambdaLR(scheduler.optimizer, factors)
+        return scheduler
+
 # %% ../../nbs/23_training/06_steps.ipynb #00000018
-class StepMixin(CheckedSteps):
+class StepMixin(ScheduleMixin, CheckedSteps):
     """The forward and backward passes of one micro-batch, measured."""
 
     def _prepare_inputs(self, generation_batch: Any) -> MicroBatch:
