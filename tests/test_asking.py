@@ -299,3 +299,21 @@ def test_wrong_settings_are_one_line(models, problems, tmp_path, capsys):
             error = capsys.readouterr().err
             assert named in error and error.count(f"oprd {command}: ") == 1, (command, error)
     assert not (tmp_path / "run").exists()
+
+
+def test_switches_that_no_template_reads_are_said(models, problems, tmp_path, capsys):
+    student, teacher = models(THINKING, THINKING)
+    misspelt = ["--chat_template_kwargs", '{"enable_thinkng": false}']
+    assert train(student, teacher, problems(), tmp_path / "run", *misspelt) == 0
+    assert capsys.readouterr().err.count("the student's does not read ['enable_thinkng']") == 1
+    short = ["--samples", "1", "--max_new_tokens", "4", "--out", str(tmp_path / "out")]
+    assert main(["eval", student, "--task", problems(), *short, *misspelt]) == 0
+    assert "does not read ['enable_thinkng']" in capsys.readouterr().err
+
+
+def test_a_stop_text_that_looks_like_a_flag_comes_back_from_a_file(models, problems, tmp_path):
+    student, teacher = models(None, None)
+    assert train(student, teacher, problems(), tmp_path / "run", "--stop=---") == 0
+    config = tmp_path / "run" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["stop"] == ["---"]
+    assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "again")]) == 0

@@ -148,7 +148,7 @@ def test_a_run_says_at_its_start_what_a_check_says_in_full(two_folders, tmp_path
     asked = ["train", *two_folders, "arithmetic", *SHORT.split()]
     assert main([*asked, "--output_dir", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
-    assert "checked: ends of turns, dropout, vocabularies, context, memory" in shown.out
+    assert "checked: ends of turns, template, dropout, vocabularies, context, memory" in shown.out
     assert shown.err.count("expect ever longer responses") == 1
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     assert main([*asked, "--check"]) == 0

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ProblemArguments', 'chosen_columns', 'load_problems', 'SideArguments', 'student_format', 'teacher_format',
-           'AskingArguments', 'switches_of', 'asked_lines', 'card_of']
+           'AskingArguments', 'switches_of', 'asked_lines', 'warn_unread', 'card_of']
 
 # %% ../../nbs/60_cli/01b_asking.ipynb #0f2ce4a1
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from oprd_nb.models.loading import (
     is_adapter_folder,
     locate_model,
 )
-from ..rollouts.prompts import PromptFormat, read_template
+from ..rollouts.prompts import PromptFormat, read_template, unread_switches
 from ..tasks.loading import KNOWN, MADE_HERE, load_task
 from ..tasks.problems import Task
 from ..teachers import inherited_format
@@ -154,6 +155,17 @@ def asked_lines(texts: dict[str, str]) -> list[str]:
     if len(texts) == 2 and texts["student"] == texts["teacher"]:
         return [f"student and teacher are asked: {texts['student']!r}"]
     return [f"{role} is asked: {text!r}" for role, text in texts.items()]
+
+# %% ../../nbs/60_cli/01b_asking.ipynb #391def9a
+def warn_unread(sides: Mapping[str, tuple[PreTrainedTokenizerBase, PromptFormat | None]]) -> None:
+    """One line on stderr for each side whose template does not read a switch that it is given."""
+    for name, (tokenizer, prompt_format) in sides.items():
+        unread = unread_switches(tokenizer, prompt_format)
+        if unread:
+            print(
+                f"warning: the template of {name} does not read {unread} of chat_template_kwargs",
+                file=sys.stderr,
+            )
 
 # %% ../../nbs/60_cli/01b_asking.ipynb #9499dd80
 def card_of(name: str) -> GenerationConfig:

@@ -22,6 +22,7 @@ from oprd_nb.cli.asking import (
     student_format,
     switches_of,
     teacher_format,
+    warn_unread,
 )
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
@@ -99,6 +100,7 @@ def make_bridge(args: BridgeArguments) -> Bridge | ReadoutBridge:
     teacher = Teacher(teacher_model, teacher_tokenizer, prompt_format=of_teacher)
     asked = asked_of_both(prompts[0], tokenizer, teacher_tokenizer, of_student, of_teacher)
     print(*asked_lines(asked), sep="\n")
+    warn_unread({"the student": (tokenizer, of_student), "the teacher": (teacher_tokenizer, of_teacher)})
     print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
     bridge = fit_from_prompts(
         student,

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .arguments import DTYPES, check_placement
-from .asking import AskingArguments, load_problems, student_format, switches_of, teacher_format
+from oprd_nb.cli.asking import (
+    AskingArguments,
+    load_problems,
+    student_format,
+    switches_of,
+    teacher_format,
+    warn_unread,
+)
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, evaluate, weights_mark
 from ..models.loading import check_tokenizer, chosen_device, load_model, load_tokenizer
@@ -238,6 +245,7 @@ def evaluate_models(args: EvalArguments) -> tuple[str, dict[str, Evaluation]]:
         (text,) = render_prompts(tokenizer, task.test["prompt"][:1], formats[name])
         print(f"{name} is asked: {text!r}")
         print(f"{name}, effective: {settings[name].describe()}")
+    warn_unread({name: (tokenizer, formats[name]) for name, (_, tokenizer) in loaded.items()})
     results = {}
     for name, (model, tokenizer) in loaded.items():
         with open_sampler(args, model, tokenizer, formats[name]) as sampler:

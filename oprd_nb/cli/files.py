@@ -64,8 +64,13 @@ def flags_of(settings: Mapping[str, object]) -> list[str]:
     """`settings` as the arguments of a command line; a name without a value keeps its default."""
     flags = []
     for name, value in settings.items():
-        if isinstance(value, list):
+        if value == []:
+            continue
+        if isinstance(value, list) and len(value) > 1:
             flags += [f"--{name}", *(_text(name, entry) for entry in value)]
+        elif isinstance(value, list):
+            # Joined, so that a text such as "---" is no flag.
+            flags.append(f"--{name}={_text(name, value[0])}")
         elif value is not None:
             flags.append(f"--{name}={_text(name, value)}")
     return flags

@@ -19,6 +19,7 @@ from oprd_nb.cli.asking import (
     student_format,
     switches_of,
     teacher_format,
+    warn_unread,
 )
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
@@ -66,6 +67,7 @@ def probe_pair(args: ProbeArguments) -> PairReport:
     teacher = Teacher(teacher_model, teacher_tokenizer, prompt_format=of_teacher)
     asked = asked_of_both(prompts[0], tokenizer, teacher_tokenizer, of_student, of_teacher)
     print(*asked_lines(asked), sep="\n")
+    warn_unread({"the student": (tokenizer, of_student), "the teacher": (teacher_tokenizer, of_teacher)})
     print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
     rollouts = HFSampler(student, tokenizer, prompt_format=of_student).sample(
         prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
