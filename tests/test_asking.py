@@ -317,3 +317,25 @@ def test_a_stop_text_that_looks_like_a_flag_comes_back_from_a_file(models, probl
     config = tmp_path / "run" / "config.yaml"
     assert yaml.safe_load(config.read_text())["stop"] == ["---"]
     assert main(["train", "--config", str(config), "--output_dir", str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.parametrize("command", ["probe", "bridge"])
+def test_probe_and_bridge_ask_both_sides_likewise(command, models, problems, heard, tmp_path, capsys):
+    student, teacher = models(THINKING, THINKING)
+    more = ["--max_new_tokens", "8", "--out", str(tmp_path / "out"), "--chat_template_kwargs", OFF]
+    more += ["--system", "1+1", "--teacher_system", "2+2"]
+    more += ["--rank", "2", "--positions", "all"] if command == "bridge" else []
+    assert main([command, student, teacher, problems(), *more]) == 0, capsys.readouterr().err
+    assert heard["rollouts"] == heard["written"] == filled("<|system|>1+1<|user|>{}<|assistant|>00")
+    assert heard["teacher"] == filled("<|system|>2+2<|user|>{}<|assistant|>00")
+    asked = about(tmp_path / "out")["asked"]
+    assert asked["teacher"] == f"<|system|>2+2<|user|>{SUMS[0]}<|assistant|>00"
+    assert "teacher is asked: '<|system|>2+2" in capsys.readouterr().out
+
+
+def test_a_students_base_is_asked_with_a_message_of_its_own(models, problems, heard, tmp_path):
+    student, _ = models(THINKING, THINKING)
+    more = ["--lora", "2", "--teacher_system", "2+2"]
+    assert train(student, "base", problems(), tmp_path / "run", *more) == 0
+    assert heard["rollouts"] and heard["rollouts"] <= filled("<|user|>{}<|assistant|>")
+    assert filled("<|system|>2+2<|user|>{}<|assistant|>") & heard["teacher"]
