@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool
+from plotly.offline import get_plotlyjs
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +47,7 @@ from .structure.moments import Moments
 from .structure.ranks import FEW_STATES, SuggestedRank, component_r2, rank_curve, suggest_rank
 from .structure.ridge import fit_all
 from .teachers import Teacher
-from .utils import cluster_bootstrap_ratio
+from .utils import cluster_bootstrap_ratio, replacing, write_whole
 
 # %% ../nbs/32_diagnosis.ipynb #00000005
 @dataclass(frozen=True)
@@ -253,12 +254,15 @@ def save_tables(tables: PairTables, folder: Path) -> None:
         "components": tables.components,
     }
     if len(tables.tokens):
-        tables.tokens.rename(columns=str).to_parquet(folder / "tokens.parquet", index=False)
+        with replacing(folder / "tokens.parquet") as unfinished:
+            tables.tokens.rename(columns=str).to_parquet(unfinished, index=False)
         stored["first_and_last_k"] = cosine_by_k(tables.tokens)
     for name, table in stored.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
+        write_whole(folder / f"{name}.csv", table.to_csv(index=False))
+    # The figures read this one file.
+    write_whole(folder / "plotly.min.js", get_plotlyjs())
     for name, figure in figures.items():
-        figure.write_html(folder / f"{name}.html", include_plotlyjs="directory")
+        write_whole(folder / f"{name}.html", figure.to_html(include_plotlyjs="directory"))
 
 # %% ../nbs/32_diagnosis.ipynb #4ecb8a21
 def read_tokens(folder: str | Path) -> pd.DataFrame:
@@ -299,7 +303,7 @@ class PairReport(PairTables):
         """Write tables, figures and report.md into `folder`; returns it."""
         folder = Path(folder)
         save_tables(self, folder)
-        (folder / "report.md").write_text(self._repr_markdown_() + "\n", "utf-8")
+        write_whole(folder / "report.md", self._repr_markdown_() + "\n")
         return folder
 
 # %% ../nbs/32_diagnosis.ipynb #0000000d

@@ -276,11 +276,7 @@ class MomentsByLayer:
         counts = ", ".join(f"{pair}: {moments.count:,} states" for pair, moments in self.pairs.items())
         return f"{type(self).__name__}(d_student={self.d_student}, d_teacher={self.d_teacher}, {counts})"
 
-# %% ../../nbs/10_structure/01_moments.ipynb #00000014
-_KIND = "oprd_nb.moments"
-_TENSORS = ("mean_student", "mean_teacher", "scatter_student", "scatter_cross", "scatter_teacher")
-
-
+# %% ../../nbs/10_structure/01_moments.ipynb #7d10c3a1
 def check_stored(empty: PairMoments, count: object, tensors: Mapping[str, Tensor]) -> None:
     """ValueError for stored moments that are not finite, or have other shapes than `empty`."""
     if not isinstance(count, int) or count < 0:
@@ -288,6 +284,10 @@ def check_stored(empty: PairMoments, count: object, tensors: Mapping[str, Tensor
     for name, tensor in tensors.items():
         if tensor.shape != getattr(empty, name).shape or not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite, or has another shape than the widths say")
+
+# %% ../../nbs/10_structure/01_moments.ipynb #00000014
+_KIND = "oprd_nb.moments"
+_TENSORS = ("mean_student", "mean_teacher", "scatter_student", "scatter_cross", "scatter_teacher")
 
 
 class SavedMoments(MomentsByLayer):

@@ -19,6 +19,7 @@ from ..models.loading import check_tokenizer, load_model, load_tokenizer, locate
 from ..runs.folder import RunPaths, read_settings
 from .card import write_card
 from .checkpoints import checkpoint_problem, checkpoints_of, last_good_checkpoint
+from ..utils import naming_full_disk
 
 # %% ../../nbs/23_training/09_export.ipynb #00000005
 def checkpoint_of(folder: str | Path) -> Path:
@@ -113,10 +114,11 @@ def export_model(
     unfinished = out.with_name(out.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(str(unfinished))
-        tokenizer.save_pretrained(unfinished)
-        if run is not None:
-            write_card(run, unfinished)
+        with naming_full_disk(out):
+            model.save_pretrained(str(unfinished))
+            tokenizer.save_pretrained(unfinished)
+            if run is not None:
+                write_card(run, unfinished)
         if out.exists():
             out.rmdir()
         return unfinished.replace(out)
