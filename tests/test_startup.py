@@ -15,6 +15,7 @@ from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
 from oprd_nb.training import OPRDConfig
 from oprd_nb.training.startup import (
+    check_card,
     check_context,
     check_dropout,
     check_ends,
@@ -68,6 +69,14 @@ def test_models_with_different_tokenizers_are_not_compared():
     pair = embedded("cross_tokenizer")
     found = check_ends(pair.student, pair.tokenizer, Teacher(pair.teacher, pair.teacher_tokenizer))
     assert found.fine and "not compared" in found.text
+
+
+def test_what_trls_generation_takes_from_the_card_is_said(same):
+    assert check_card(same.student).fine
+    same.student.generation_config.no_repeat_ngram_size = 2
+    found = check_card(same.student)
+    assert not found.fine and "no_repeat_ngram_size" in found.text
+    assert check_card(same.student, HFSampler(same.student, same.tokenizer)).fine
 
 
 def test_dropout_of_attention_and_of_layers():
@@ -148,7 +157,7 @@ def test_a_run_says_at_its_start_what_a_check_says_in_full(two_folders, tmp_path
     asked = ["train", *two_folders, "arithmetic", *SHORT.split()]
     assert main([*asked, "--output_dir", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
-    assert "checked: ends of turns, template, dropout, vocabularies, context, memory" in shown.out
+    assert "checked: ends of turns, template, generation config, dropout, vocabularies" in shown.out
     assert shown.err.count("expect ever longer responses") == 1
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     assert main([*asked, "--check"]) == 0

@@ -384,7 +384,9 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     if args.check:
         check_start(args, config, pair, sampler, teacher)
         return
-    print_short(findings_at_start(pair.student, pair.tokenizer, teacher, config, pair.task.train, of_student))
+    print_short(
+        findings_at_start(pair.student, pair.tokenizer, teacher, config, pair.task.train, of_student, sampler)
+    )
     for request, settings in stages_of(args, config):
         for parameter in trainable:
             parameter.requires_grad_(True)  # an earlier stage froze what its loss does not reach

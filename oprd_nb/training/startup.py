@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Finding', 'StartWarning', 'turn_end', 'check_ends', 'template_of', 'check_template', 'check_dropout',
-           'check_vocabularies_at_start', 'context_of', 'check_context', 'check_memory', 'check_heads', 'check_sampler',
-           'check_teacher', 'findings_at_start', 'warn_at_start', 'findings_of_check', 'with_answers']
+           'check_vocabularies_at_start', 'context_of', 'check_context', 'check_memory', 'check_heads', 'check_card',
+           'check_sampler', 'check_teacher', 'findings_at_start', 'warn_at_start', 'findings_of_check', 'with_answers']
 
 # %% ../../nbs/23_training/05c_startup.ipynb #9ad3f357
 import warnings
@@ -224,6 +224,43 @@ def check_heads(student: nn.Module, teacher: Teacher, tolerance: float = 0.05) -
     more = "" if fine else "; this family is not supported by output-space losses"
     return Finding("head against logits", f"largest difference over the largest logit: {text}{more}", fine)
 
+# %% ../../nbs/23_training/05c_startup.ipynb #d49bbb92
+_ALSO_DRAW = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "penalty_alpha",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "typical_p",
+    "watermarking_config",
+)
+"""Settings of a generation configuration that change which tokens are drawn, and are none of a run's."""
+
+
+def check_card(student: nn.Module, sampler: Sampler | None = None) -> Finding:
+    """Whether the student's generation configuration changes TRL's own generation in secret."""
+    stored = cast(PreTrainedModel, student).generation_config.to_diff_dict()
+    found = [name for name in _ALSO_DRAW if stored.get(name) is not None]
+    if not found or sampler is not None:
+        return Finding("generation config", "nothing in it changes the rollouts")
+    return Finding(
+        "generation config",
+        f"the student's sets {found}, which TRL's own generation obeys and the evaluation does not; set them "
+        "to None, or give a sampler",
+        fine=False,
+    )
+
 # %% ../../nbs/23_training/05c_startup.ipynb #dc9a585f
 def check_sampler(
     student: nn.Module, sampler: Sampler, args: OPRDConfig, dataset: Dataset, most: int = 32
@@ -286,11 +323,13 @@ def findings_at_start(
     args: OPRDConfig,
     dataset: Dataset,
     prompt_format: PromptFormat | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Finding]:
     """What is looked at whenever a run begins: seconds at most, and nothing is written."""
     return [
         check_ends(student, tokenizer, teacher, prompt_format),
         check_template(tokenizer, teacher, prompt_format),
+        check_card(student, sampler),
         check_dropout(student, bool(args.disable_dropout)),
         check_vocabularies_at_start(student, tokenizer, teacher),
         check_context(student, tokenizer, teacher, args, dataset, prompt_format),
@@ -306,11 +345,13 @@ def warn_at_start(
     args: OPRDConfig,
     dataset: Dataset,
     prompt_format: PromptFormat | None = None,
+    sampler: Sampler | None = None,
 ) -> None:
-    """A `StartWarning` for ends of turns, templates, dropout or lengths that are not as they should be."""
+    """A `StartWarning` for ends of turns, templates, drawing, dropout or lengths that are not fine."""
     for found in (
         check_ends(student, tokenizer, teacher, prompt_format),
         check_template(tokenizer, teacher, prompt_format),
+        check_card(student, sampler),
         check_dropout(student, bool(args.disable_dropout)),
         check_context(student, tokenizer, teacher, args, dataset, prompt_format, most=50),
     ):
@@ -329,7 +370,7 @@ def findings_of_check(
     problems: Dataset | None = None,
 ) -> list[Finding]:
     """Everything that can be looked at before a run; `problems` with answers, where there are some."""
-    found = findings_at_start(student, tokenizer, teacher, args, dataset, prompt_format)
+    found = findings_at_start(student, tokenizer, teacher, args, dataset, prompt_format, sampler)
     if sampler is not None:
         found.append(check_sampler(student, sampler, args, dataset))
     asked_otherwise = teacher.adapters_off or teacher.prompt is not None

@@ -227,7 +227,8 @@ class TrainerBase(AskedSides):
             **trainer_options,
         )
         self._check_token_budget(args.token_budget)
-        warn_at_start(self.model, processing_class, teacher, args, train_dataset, self.prompt_format)
+        asked = (train_dataset, self.prompt_format, self.sampler)
+        warn_at_start(self.model, processing_class, teacher, args, *asked)
         self.teacher_model = self._prepared_teacher()
         self.step_metrics = StepMetrics()
         self.passes = []
