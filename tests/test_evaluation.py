@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from oprd_nb.core import Rollouts
-from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, paired_table
+from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, paired_difference, paired_table
 from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, maj_at_k
 from oprd_nb.evaluation.sampling import Evaluation, evaluate, stored_rollouts, weights_mark
 from oprd_nb.rollouts.samplers import HFSampler, logprob_gap
@@ -758,3 +758,10 @@ def test_a_set_without_answers_is_refused_before_sampling(answer):
     with pytest.raises(ValueError, match="add a column 'answer'"):
         quiet(sampler, bare.remove_columns("answer"), n=1)
     assert not sampler.calls
+
+
+def test_two_problems_are_enough_for_a_difference():
+    two = paired_difference(np.array([1.0, 0.5]), np.array([0.0, 0.0]))
+    assert two.mean == 0.75 and two.low <= 0.75 <= two.high and two.p == 0.5  # of 4 signs, 2 are as far off
+    one = paired_difference(np.array([1.0, np.nan]), np.array([0.0, 0.0]))
+    assert math.isnan(one.mean) and math.isnan(one.p)

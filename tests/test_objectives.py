@@ -605,3 +605,9 @@ def test_half_precision_is_raised_before_it_is_compared(distance):
         torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-3, atol=1e-7)
     assert torch.equal(cosine, same_cosine) and gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient.double(), slope, rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0, 1, -0.1, 1.1])
+def test_the_weight_of_jsd_lies_between_its_limits(beta):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        FullKL("jsd", beta)

@@ -19,6 +19,7 @@ from oprd_nb.models.pairs import embedded
 from oprd_nb.pairing.layers import pair_layers
 from oprd_nb.pairing.positions import Pairs, _align, identity_pairs, pair_positions
 from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
+from oprd_nb.rollouts.samplers import HFSampler
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -267,3 +268,13 @@ def test_a_byte_fallback_student_cut_inside_a_character_keeps_those_before():
     ids = np.array(tokenizer.encode("a漢字漢字漢", add_special_tokens=False)[:-1])
     assert len(ids) == 1 + 5 * 3 - 1
     assert _response_of(ids, tokenizer).text == "a漢字漢字"
+
+
+def test_a_prompt_that_comes_again_is_encoded_as_itself():
+    pair = embedded("cross_tokenizer")
+    first, second = pair.task.train["prompt"][:2]
+    prompts = [first, second, first]
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(prompts, temperature=0, max_new_tokens=12)
+    read = pair_positions(rollouts, pair.tokenizer, pair.teacher_tokenizer, 0.0).teacher_inputs
+    ids = [row[mask.bool()].tolist() for row, mask in zip(read.input_ids, read.attention_mask, strict=True)]
+    assert ids[0] == ids[2] != ids[1]

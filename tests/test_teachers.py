@@ -58,3 +58,7 @@ def test_captured_states_carry_no_graph(same, written):
     with torch.enable_grad():
         states = teacher.capture(pairs, {1: pairs.teacher_rows})[1]
     assert not states.requires_grad
+
+
+def test_a_teacher_does_not_scale_losses(same):
+    assert Teacher(same.teacher, same.tokenizer).loss_scale == 1.0
