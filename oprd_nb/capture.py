@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LayerKey', 'FINAL', 'backbone_of', 'blocks_of', 'num_layers_of', 'reading_device', 'CapturedLayers', 'Captured',
            'CapturedWithGrad', 'flat_positions', 'indices_by_layer', 'position_ids_of', 'truncated_to', 'forward_hooks',
-           'ActivationBuffer', 'capture_frozen', 'capture_with_grad', 'capture_each', 'capture', 'at_least_float32',
-           'logit_scale_of', 'project', 'lm_head_of']
+           'ActivationBuffer', 'long_rope_limit', 'warn_about_long_rope', 'capture_frozen', 'capture_with_grad',
+           'capture_each', 'capture', 'at_least_float32', 'logit_scale_of', 'project', 'lm_head_of']
 
 # %% ../nbs/04_capture.ipynb #00000002
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -179,9 +180,15 @@ def forward_hooks(
 
     def hook_of(layer: int):
         def hook(module, args, output):
-            if not isinstance(output, tuple):
-                return fn(layer, output)
-            replacement = fn(layer, output[0])
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if hidden.ndim != 3:
+                raise ValueError(
+                    f"layer {layer}: its hidden states are {tuple(hidden.shape)}, not (batch, time, width); "
+                    "a family with several streams of them, as Gemma 3n, is not supported"
+                )
+            replacement = fn(layer, hidden)
+            if isinstance(output, Tensor):
+                return replacement
             return None if replacement is None else (replacement, *output[1:])
 
         return hook
@@ -277,6 +284,31 @@ def _check_layers(layers: Iterable[LayerKey], num_layers: int) -> None:
             f"layers={layers}: {wrong or 'selects none'}; this model has layers 1 to {num_layers}"
         )
 
+# %% ../nbs/04_capture.ipynb #e670f774
+def long_rope_limit(config: Any) -> int | None:
+    """The length up to which a model with "longrope" uses its short angles; None for other models."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    limit = parameters.get("original_max_position_embeddings")
+    return limit or getattr(config, "original_max_position_embeddings", None)
+
+
+def warn_about_long_rope(backbone: nn.Module, attention_mask: Bool[Tensor, "batch time"]) -> None:
+    """Warn where some sequences of a batch are longer than `long_rope_limit` and some are not."""
+    config: Any = backbone.config
+    limit = long_rope_limit(config.get_text_config())
+    if limit is None or attention_mask.shape[1] <= limit:
+        return
+    lengths = attention_mask.sum(1)
+    if lengths.min() <= limit < lengths.max():
+        warnings.warn(
+            f"this model's positions turn otherwise above {limit:,} tokens, and the batch has sequences on "
+            "both sides: states of the shorter ones are not what they are alone; keep responses below, or "
+            "use a batch of one",
+            stacklevel=3,
+        )
+
 # %% ../nbs/04_capture.ipynb #00cc9f9e
 def _run_backbone(
     model: nn.Module,
@@ -295,6 +327,7 @@ def _run_backbone(
     before_norm = [key for key in layers if isinstance(key, int) and key not in after_norm]
     input_ids = input_ids.to(reading_device(backbone))
     attention_mask = attention_mask.to(input_ids.device)
+    warn_about_long_rope(backbone, attention_mask)
     inputs: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": attention_mask.long(),

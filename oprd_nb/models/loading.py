@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from ..capture import backbone_of, blocks_of
-from .checks import check_finite, check_head, check_loading
+from .checks import check_causal, check_finite, check_head, check_loading
 from ..utils import best_device, looks_local
 
 # %% ../../nbs/05_models/01_loading.ipynb #a99b9d24
@@ -290,6 +290,7 @@ def load_whole_model(
         cast(nn.Module, model).to(target)
     check_finite(model, str(path))
     check_head(model, str(path))
+    check_causal(model, str(path))
     return model
 
 # %% ../../nbs/05_models/01_loading.ipynb #293f07f3
@@ -397,10 +398,14 @@ def check_tokenizer(
 
     `whose` ("student", "teacher") names the model in the message.
     """
-    if tokens_beyond(model, tokenizer):
+    beyond = tokens_beyond(model, tokenizer)
+    if beyond:
         embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        ids = dict(zip(beyond, cast(list[int], tokenizer.convert_tokens_to_ids(beyond)), strict=True))
+        first = min(beyond, key=lambda token: ids[token])
         raise ValueError(
-            f"{whose} tokenizer: {len(tokenizer)} tokens for a model with {embeddings} embeddings; "
+            f"{whose} tokenizer: {len(tokenizer)} tokens for a model with {embeddings} embeddings "
+            f"({len(beyond)} ids have none, from {ids[first]}, {first!r}, to {max(ids.values())}); "
             f"give the {whose}'s own tokenizer"
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ..capture import FINAL, LayerKey, capture_with_grad, lm_head_of, num_layers_of
+from ..models.checks import evaluating
 from ..models.loading import input_device
 from ..objectives.terms import Objective, Term, as_objective
 
@@ -59,14 +60,11 @@ def reached_parameters(model: nn.Module, objective: Objective) -> set[int]:
     ids = torch.arange(1, 5, device=input_device(model))[None]
     mask = torch.ones_like(ids, dtype=torch.bool)
     read = dict.fromkeys(layers_read(objective, num_layers_of(model)), mask)
-    was_training = model.training
-    model.eval()
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         states = capture_with_grad(model, ids, mask, read, objective.final_norm)
         outputs = [states[layer] for layer in read]
         if objective.needs_head:
             outputs.append(lm_head_of(model)(states[FINAL]))
-    model.train(was_training)
     return with_all_experts(model, leaves_of(outputs))
 
 # %% ../../nbs/23_training/05d_reach.ipynb #f1f55139
