@@ -99,7 +99,8 @@ def test_several_streams_of_hidden_states_are_refused():
     per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=64, laurel_rank=4)
     widths = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=8)
     config = Gemma3nTextConfig(
-        activation_sparsity_pattern=[0.0] * 4, num_attention_heads=4, num_key_value_heads=2, altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4, num_attention_heads=4, num_key_value_heads=2,
+        altup_num_inputs=2,
         **sparsity, **per_layer, **widths,
     )  # fmt: skip
     with pytest.raises(ValueError, match="several streams"):
