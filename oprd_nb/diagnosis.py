@@ -19,12 +19,12 @@ import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool
-from plotly.offline import get_plotlyjs
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .core import Positions, Rollouts
 from .explore.figures import cka_map, layer_curve, layer_map, rank_figure
+from .plots.measured_page import measured_page
 from .plots.outcomes import position_cosine, rank_cosine
 from oprd_nb.probing.similarity import (
     cka_matrix,
@@ -244,8 +244,7 @@ def report_figures(tables: PairTables) -> dict[str, go.Figure]:
 
 # %% ../nbs/32_diagnosis.ipynb #0000001d
 def save_tables(tables: PairTables, folder: Path) -> None:
-    """Write tables (csv; tokens.parquet) and figures (html, next to one plotly.min.js) into `folder`."""
-    figures = report_figures(tables)
+    """Write tables (csv; tokens.parquet) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
         "layers": tables.layers,
@@ -259,10 +258,6 @@ def save_tables(tables: PairTables, folder: Path) -> None:
         stored["first_and_last_k"] = cosine_by_k(tables.tokens)
     for name, table in stored.items():
         write_whole(folder / f"{name}.csv", table.to_csv(index=False))
-    # The figures read this one file.
-    write_whole(folder / "plotly.min.js", get_plotlyjs())
-    for name, figure in figures.items():
-        write_whole(folder / f"{name}.html", figure.to_html(include_plotlyjs="directory"))
 
 # %% ../nbs/32_diagnosis.ipynb #4ecb8a21
 def read_tokens(folder: str | Path) -> pd.DataFrame:
@@ -299,11 +294,21 @@ class PairReport(PairTables):
         """The figures by name, see `report_figures`."""
         return report_figures(self)
 
+    def page(self) -> str:
+        """Recommendation, numbers, figures and the smaller tables as HTML that needs no network."""
+        tables = {"Every layer": self.layers}
+        if len(self.tokens):
+            tables["First and last k positions"] = cosine_by_k(self.tokens)
+        title = f"{self.names[0]} ← {self.names[1]}"
+        return measured_page(title, str(self.recommendation), summary_lines(self), self.figures(), tables)
+
     def save(self, folder: str | Path) -> Path:
-        """Write tables, figures and report.md into `folder`; returns it."""
+        """Write report.html and the tables into `folder`; returns it."""
         folder = Path(folder)
+        # Made first: a report whose page cannot be made leaves nothing behind.
+        page = self.page()
         save_tables(self, folder)
-        write_whole(folder / "report.md", self._repr_markdown_() + "\n")
+        write_whole(folder / "report.html", page)
         return folder
 
 # %% ../nbs/32_diagnosis.ipynb #0000000d

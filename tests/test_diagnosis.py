@@ -1,5 +1,7 @@
 """The diagnosis of a pair: the rule, the report, and the folder that `oprd probe` writes."""
 
+from html import escape
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from oprd_nb import diagnosis
 from oprd_nb.cli.probe import ProbeArguments, probe_pair
-from oprd_nb.diagnosis import Measured, diagnose, read_tokens, recommend
+from oprd_nb.diagnosis import Measured, diagnose, read_tokens, recommend, summary_lines
 from oprd_nb.explore.layers import LayerExplorer, RankExplorer
 from oprd_nb.models.pairs import embedded
 from oprd_nb.probing.similarity import cka
@@ -134,12 +136,14 @@ def test_probe_writes_a_folder_that_explorers_read(tmp_path):
     )
     result = probe_pair(arguments)
     assert result.names == ("embedded/student", "embedded/teacher")
-    text = (out / "report.md").read_text("utf-8")
-    assert text.startswith("| embedded/student ← embedded/teacher | measured |")
-    for name in ("layers", "positions", "cka", "rank"):
-        page = (out / f"{name}.html").read_text("utf-8")
-        assert 'src="plotly.min.js"' in page
-        assert "https://cdn" not in page
+    page = (out / "report.html").read_text("utf-8")
+    assert "<h1>embedded/student ← embedded/teacher</h1>" in page
+    assert "<script src" not in page and "https://cdn" not in page.split("<script>")[0]
+    for name in result.figures():
+        assert f"<div class='plot' id='{name}'" in page
+    for answer in summary_lines(result).values():
+        assert escape(answer) in page
+    assert [path.name for path in out.iterdir() if path.suffix == ".html"] == ["report.html"]
     explorer = LayerExplorer(read_tokens(out))
     explorer.response.value = 3
     assert explorer.map.data[0].z.shape[0] == 4

@@ -7,6 +7,7 @@ __all__ = ['ARGUMENTS', 'ProbeArguments', 'probe_pair', 'run']
 
 # %% ../../nbs/60_cli/02_probe.ipynb #1aeb9fd5
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
@@ -34,7 +35,7 @@ from ..teachers import Teacher, asked_of_both
 class ProbeArguments(AskingArguments, PairArguments):
     """Measure where a student and a teacher agree, and say which distillation that calls for."""
 
-    out: str = HfArg(default="runs/probe", help="Folder for tables and figures.")
+    out: str = HfArg(default="runs/probe", help="Folder for the page and the tables.")
     limit: int = HfArg(default=64, help="Use only the first so many prompts; 0 is all.")
     max_new_tokens: int = HfArg(default=512, help="Tokens that the student writes per prompt, at most.")
     temperature: float = HfArg(default=1.0, help="Sampling temperature; 0 is greedy.")
@@ -84,5 +85,6 @@ ARGUMENTS = (ProbeArguments,)
 
 
 def run(args: ProbeArguments) -> None:
-    """Probe, and print what was measured and what it calls for."""
+    """Probe, and print what was measured, what it calls for, and where the page is."""
     print(probe_pair(args))
+    print(f"page: {Path(args.out) / 'report.html'}")
