@@ -53,6 +53,7 @@ def sizes() -> dict[str, Any]:
 
 ALTERNATING = ["mamba", "hybrid"] * (LAYERS // 2)
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": dict(num_key_value_heads=4, layer_types=["linear_attention", "full_attention"] * 2),
     "bamba": dict(attn_layer_indices=[1, 3]),
     "codegen": dict(rotary_dim=4),
     "cohere": dict(logit_scale=0.5),
@@ -66,9 +67,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": dict(n_shared_experts=1),
     "falcon_h1": dict(lm_head_multiplier=0.5),
     "gemma2": dict(final_logit_softcapping=0.5),
+    "gemma3n_text": dict(
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * LAYERS,
+        laurel_rank=4, altup_num_inputs=2,
+    ),
     "gemma4_text": dict(
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, global_head_dim=8
     ),
+    "glm4_moe_lite": dict(num_key_value_heads=4),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
     "gptj": dict(rotary_dim=4),
     "granite": dict(logits_scaling=3.0),
@@ -84,6 +91,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "recurrent_gemma": dict(
         logits_soft_cap=0.5, block_types=["recurrent", "attention"], attention_window_size=8
     ),
+    "youtu": dict(num_key_value_heads=4),
     "zamba": dict(
         attn_layer_period=2, attn_layer_offset=1, attention_hidden_size=64, attention_head_dim=16,
         num_key_value_heads=4, layers_block_type=ALTERNATING, use_mamba_kernels=False,
@@ -95,14 +103,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What a family needs besides, and scales and caps that its default configuration switches off."""
 
 FAMILIES = (
-    "afmoe apertus arcee bamba biogpt bitnet bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 "
-    "diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 "
-    "gemma3_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox "
-    "gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium "
-    "hunyuan_v1_dense hunyuan_v1_moe hyperclovax jamba jetmoe lfm2 lfm2_moe llama llama4_text mamba mamba2 "
-    "minimax ministral mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt "
-    "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma rwkv seed_oss "
-    "smollm3 solar_open stablelm starcoder2 vaultgemma xglm zamba zamba2"
+    "afmoe apertus arcee aria_text bailing_hybrid bamba bart bert biogpt bitnet bloom codegen cohere "
+    "cohere2 cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 ernie4_5 ernie4_5_moe "
+    "exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text gemma3n_text "
+    "gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox "
+    "gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid "
+    "granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text "
+    "internlm3 iquestcoder jais2 jamba jetmoe laguna lfm2 lfm2_moe lfm3 llama llama4_text "
+    "mamba mamba2 mellum mimo_v2_flash minimax minimax_m2 ministral ministral3 mistral mixtral "
+    "modernbert-decoder mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt "
+    "opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe "
+    "qwen3_next recurrent_gemma roberta rwkv seed_oss smollm3 solar_open stablelm starcoder2 t5 "
+    "vaultgemma xglm xlnet youtu zamba zamba2"
 ).split()
 
 
