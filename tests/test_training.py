@@ -601,3 +601,15 @@ def test_no_step_is_made_at_rate_0_and_a_schedule_ends_as_it_should(same, tmp_pa
     _, seen = train(tmp_path, same, Representation(), lr_scheduler_type="linear", **changes)
     rates = [line["learning_rate"] / 1e-3 for line in seen.logs if "loss" in line]
     assert rates == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_prompts_longer_than_the_context_are_counted_and_left_out(same, tmp_path):
+    rows = [*same.task.train.select(range(64))]
+    rows[3] = rows[3] | {"prompt": [{"role": "user", "content": "1+" * 5000}]}
+    same.task.train = Dataset.from_list(rows)
+    with pytest.warns(UserWarning, match=r"1 of 64 prompts have 256 tokens or more.*row 3 is the first"):
+        trainer, _ = train(tmp_path, same, Representation(), per_device_train_batch_size=8)
+    assert len(trainer.train_dataset) == 63
+    same.task.train = Dataset.from_list([rows[3]] * 64)
+    with pytest.raises(ValueError, match="0 prompts, but one step takes"):
+        train(tmp_path / "none", same, Representation(), per_device_train_batch_size=8)

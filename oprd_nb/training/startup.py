@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Finding', 'StartWarning', 'turn_end', 'check_ends', 'template_of', 'check_template', 'check_dropout',
-           'check_vocabularies_at_start', 'context_of', 'check_context', 'check_memory', 'check_heads', 'check_card',
-           'check_sampler', 'check_teacher', 'findings_at_start', 'warn_at_start', 'findings_of_check', 'with_answers']
+           'check_vocabularies_at_start', 'context_of', 'limits_of', 'check_context', 'without_long_prompts',
+           'check_sides', 'check_memory', 'check_heads', 'check_card', 'check_sampler', 'check_teacher',
+           'findings_at_start', 'warn_at_start', 'findings_of_check', 'with_answers']
 
 # %% ../../nbs/23_training/05c_startup.ipynb #9ad3f357
 import warnings
@@ -14,18 +15,19 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.sampling import evaluate
-from ..models.checks import head_error
-from ..models.loading import end_tokens, input_device
+from ..models.checks import check_padding, head_error
+from ..models.loading import check_tokenizer, end_tokens, input_device
 from ..models.placement import memory_there, token_bytes, weight_bytes
 from ..pairing.token_bytes import fingerprint
 from ..rollouts.prompts import PromptFormat, encode_prompts, unread_switches
 from ..rollouts.samplers import HFSampler, Sampler, logprob_gap
 from ..teachers import Teacher, templates_differ
-from .config import OPRDConfig, logprob_tolerance_of
+from .config import OPRDConfig, check_dataset, logprob_tolerance_of
 from .sampling import evaluation_settings
 
 # %% ../../nbs/23_training/05c_startup.ipynb #d74037c2
@@ -158,6 +160,11 @@ def context_of(model: nn.Module) -> int | None:
     return getattr(cast(PreTrainedModel, model).config.get_text_config(), "max_position_embeddings", None)
 
 
+def limits_of(student: nn.Module, teacher: Teacher) -> list[int]:
+    """The contexts of both models, where their configurations say."""
+    return [limit for limit in map(context_of, (student, teacher.model)) if limit]
+
+
 def check_context(
     student: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -168,7 +175,7 @@ def check_context(
     most: int = 200,
 ) -> Finding:
     """Whether prompts and responses fit into the models; at most `most` prompts, evenly spaced, are read."""
-    limits = [limit for limit in map(context_of, (student, teacher.model)) if limit]
+    limits = limits_of(student, teacher)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().astype(int))
     encoded = encode_prompts(tokenizer, list(dataset.select(chosen)["prompt"]), prompt_format)
     lengths = np.array([len(ids) for ids in encoded])
@@ -183,6 +190,48 @@ def check_context(
         "max_completion_length, or leave long prompts out",
         fine=False,
     )
+
+# %% ../../nbs/23_training/05c_startup.ipynb #c0de1e02
+def without_long_prompts(
+    dataset: Dataset,
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
+    args: OPRDConfig,
+    prompt_format: PromptFormat | None = None,
+) -> Dataset:
+    """The prompts that leave room for a response in both contexts; a `StartWarning` counts the others.
+
+    ValueError where too few are left for one step.
+    """
+    limit = min(limits_of(student, teacher), default=None)
+    if limit is None:
+        return dataset
+    prompts = list(dataset["prompt"])
+    # A token has at least one byte; what a template adds fits into a thousand of them.
+    suspects = [i for i, prompt in enumerate(prompts) if len(str(prompt).encode()) + 1000 > limit]
+    encoded = encode_prompts(tokenizer, [prompts[i] for i in suspects], prompt_format) if suspects else []
+    long = {i for i, ids in zip(suspects, encoded, strict=True) if len(ids) >= limit}
+    if not long:
+        return dataset
+    warnings.warn(
+        f"train_dataset: {len(long)} of {len(prompts)} prompts have {limit:,} tokens or more, which is the "
+        f"context, and were left out (row {min(long)} is the first)",
+        StartWarning,
+        stacklevel=3,
+    )
+    short = dataset.select([i for i in range(len(prompts)) if i not in long])
+    check_dataset(short, args)
+    return short
+
+# %% ../../nbs/23_training/05c_startup.ipynb #c0de1e05
+def check_sides(
+    student: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher
+) -> None:
+    """ValueError for a student with another model's tokenizer, or where either side reads padding as text."""
+    check_tokenizer(student, tokenizer, "student")
+    check_padding(student, "student")
+    check_padding(teacher.model, "teacher")
 
 # %% ../../nbs/23_training/05c_startup.ipynb #e30c6b61
 def check_memory(student: nn.Module, teacher: Teacher, args: OPRDConfig) -> Finding:

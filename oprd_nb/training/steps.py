@@ -32,8 +32,7 @@ from trl.trainer.utils import RepeatSampler
 from ..capture import Captured
 from ..core import Rollouts, set_seed
 from ..evaluation.sampling import Grading
-from ..models.checks import check_padding
-from ..models.loading import check_tokenizer, input_device
+from ..models.loading import input_device
 from ..objectives.objective import Losses, check_vocabularies, position_losses, reduce_losses
 from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
 from ..pairing.positions import Pairs
@@ -71,7 +70,7 @@ from oprd_nb.training.finite import (
 )
 from .reach import freeze_unused
 from .sampling import evaluation_settings, rollout_settings, sampler_for_stops
-from .startup import warn_at_start
+from .startup import check_sides, warn_at_start, without_long_prompts
 from ..utils import measured
 
 # %% ../../nbs/23_training/06_steps.ipynb #d3414c64
@@ -204,9 +203,10 @@ class TrainerBase(AskedSides):
         self.eval_sampler = eval_sampler or sampler
         self._set_sampling(sampler or sampler_for_stops(model, processing_class, args), args)
         self._set_formats(prompt_format, args.chat_template_kwargs, train_dataset, processing_class)
-        check_tokenizer(model, processing_class, "student")
-        check_padding(model, "student")
-        check_padding(teacher.model, "teacher")
+        check_sides(model, processing_class, teacher)
+        train_dataset = without_long_prompts(
+            train_dataset, model, processing_class, teacher, args, self.prompt_format
+        )
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
         check_terms(self.objective, model, teacher, processing_class)
         bridge = bridge_of(self.objective)
