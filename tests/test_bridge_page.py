@@ -49,7 +49,7 @@ def test_a_folder_for_either_kind_and_either_pair(kind, teacher, rank, tmp_path)
     assert again.header.teacher.name == teacher
     assert len(pd.read_csv(folder / "scores.csv")) == len(bridge.scores)
     files = {path.name for path in folder.iterdir()}
-    assert files == {"bridge.safetensors", "scores.csv", "report.html"}
+    assert files == {"bridge.safetensors", "scores.csv", "report.html", "about.json"}
 
     page = (folder / "report.html").read_text("utf-8")
     assert sentence(bridge).split(";")[0].replace("'", "&#x27;") in page

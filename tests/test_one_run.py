@@ -113,7 +113,7 @@ def test_what_never_trained_is_never_named(run, monkeypatch, capsys):
     def broken(*_, **__):
         raise ValueError("a sampler that is broken")
 
-    monkeypatch.setattr("oprd_nb.training.steps.loss_on_pairs", broken)
+    monkeypatch.setattr("oprd_nb.training.steps.position_losses", broken)
     config = (run / "config.yaml").read_text()
     assert train(run, "--max_steps", "2", "--seed", "9") == 2
     assert (run / "config.yaml").read_text() == config and (run / "checkpoint-1").is_dir()

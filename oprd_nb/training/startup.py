@@ -200,7 +200,7 @@ def without_long_prompts(
     args: OPRDConfig,
     prompt_format: PromptFormat | None = None,
 ) -> Dataset:
-    """The prompts that leave room for a response in both contexts; a `StartWarning` counts the others.
+    """The prompts that are shorter than both contexts; a `StartWarning` counts the others.
 
     ValueError where too few are left for one step.
     """

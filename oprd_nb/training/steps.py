@@ -203,10 +203,9 @@ class TrainerBase(AskedSides):
         self.eval_sampler = eval_sampler or sampler
         self._set_sampling(sampler or sampler_for_stops(model, processing_class, args), args)
         self._set_formats(prompt_format, args.chat_template_kwargs, train_dataset, processing_class)
-        check_sides(model, processing_class, teacher)
-        train_dataset = without_long_prompts(
-            train_dataset, model, processing_class, teacher, args, self.prompt_format
-        )
+        sides = (model, processing_class, teacher)
+        check_sides(*sides)
+        train_dataset = without_long_prompts(train_dataset, *sides, args, self.prompt_format)
         check_vocabularies(self.objective, processing_class, teacher.tokenizer)
         check_terms(self.objective, model, teacher, processing_class)
         bridge = bridge_of(self.objective)
