@@ -6,13 +6,18 @@ or the one line with which it is refused, or the error that says what is wrong.
 
 import argparse
 import json
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from families import FAMILIES, LAYERS, tiny_config, tiny_model
+from short_runs import short_run
 from torch import nn
 
 from oprd_nb.capture import FINAL, capture, lm_head_of
@@ -25,7 +30,6 @@ from oprd_nb.objectives.representation import Representation
 from oprd_nb.objectives.terms import Objective, Term, as_objective
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.reach import EXPERTS, freeze_unused
 from oprd_nb.training.trainer import OPRDTrainer
 
@@ -46,12 +50,13 @@ def some_tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_load(family: str) -> None:
     """`load_model` takes its folder."""
-    with tempfile.TemporaryDirectory() as folder:
+    # A relative path, so that what is said, and stored, is the same on every machine.
+    with tempfile.TemporaryDirectory() as parent, chdir(parent):
         config = tiny_config(family)
-        config.save_pretrained(folder)
+        config.save_pretrained(family)
         if not config.is_encoder_decoder:
-            tiny_model(family).save_pretrained(folder)
-        load_model(folder, device="cpu")
+            tiny_model(family).save_pretrained(family)
+        load_model(f"./{family}", device="cpu")
 
 
 def check_states(family: str) -> None:
@@ -117,22 +122,14 @@ def check_steps(family: str) -> None:
     model = tiny_model(family)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with tempfile.TemporaryDirectory() as folder:
-        settings = OPRDConfig(
+        settings = short_run(
             folder,
             max_steps=2,
             learning_rate=1e-2,
             lr_scheduler_type="constant",
             warmup_steps=0,
             per_device_train_batch_size=4,
-            gradient_accumulation_steps=1,
-            num_generations=1,
             max_completion_length=6,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         teacher = Teacher(tiny_model(family, seed=1), pair.tokenizer)
         trainer = OPRDTrainer(

@@ -21,7 +21,10 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 import torch
+from short_runs import short_run
 from transformers import TrainerCallback
 
 from oprd_nb.models.pairs import embedded
@@ -60,18 +63,13 @@ class Watch(TrainerCallback):
 def train(steps: int, folder: str) -> Watch:
     """Train the embedded pair; returns what was written down."""
     pair = embedded("same")
-    args = OPRDConfig(
+    args = short_run(
         folder,
         max_steps=steps,
-        learning_rate=1e-3,
         per_device_train_batch_size=4,
-        num_generations=1,
+        gradient_accumulation_steps=OPRDConfig.gradient_accumulation_steps,
         max_completion_length=24,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
+        save_strategy="steps",
         save_steps=250,
         save_total_limit=2,
         eval_strategy="steps",

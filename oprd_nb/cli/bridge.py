@@ -15,20 +15,11 @@ from ..bridge.fitting import check_fit_settings, fit_from_prompts
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
 from .arguments import DTYPES, check_limits, check_placement
-from oprd_nb.cli.asking import (
-    AskingArguments,
-    asked_lines,
-    load_problems,
-    student_format,
-    switches_of,
-    teacher_format,
-    warn_unread,
-)
+from .asking import AskingArguments, asked_teacher, load_problems, student_format, switches_of
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..plots.bridge_page import save_bridge_folder, sentence
 from ..runs.folder import write_about
-from ..teachers import Teacher, asked_of_both
 
 # %% ../../nbs/60_cli/03_bridge.ipynb #6b300002
 def rank_of(text: str) -> int | str:
@@ -95,12 +86,9 @@ def make_bridge(args: BridgeArguments) -> Bridge | ReadoutBridge:
     tokenizer = load_tokenizer(args.student)
     check_tokenizer(student, tokenizer, "student")
     teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
-    teacher_tokenizer = load_tokenizer(args.teacher)
-    of_teacher = teacher_format(args, tokenizer, teacher_tokenizer, of_student)
-    teacher = Teacher(teacher_model, teacher_tokenizer, prompt_format=of_teacher)
-    asked = asked_of_both(prompts[0], tokenizer, teacher_tokenizer, of_student, of_teacher)
-    print(*asked_lines(asked), sep="\n")
-    warn_unread({"the student": (tokenizer, of_student), "the teacher": (teacher_tokenizer, of_teacher)})
+    teacher, asked = asked_teacher(
+        args, teacher_model, load_tokenizer(args.teacher), tokenizer, of_student, prompts[0]
+    )
     print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
     bridge = fit_from_prompts(
         student,

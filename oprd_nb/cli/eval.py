@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from .arguments import DTYPES, check_placement
 from oprd_nb.cli.asking import (
+    DRAWN,
     AskingArguments,
     load_problems,
     student_format,
@@ -213,12 +214,9 @@ def formats_of(
     return formats
 
 # %% ../../nbs/60_cli/06_eval.ipynb #05bf0b1a
-_DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
-
-
 def sampling_of(args: EvalArguments, model: PreTrainedModel) -> SamplingSettings:
     """How a model's tokens are drawn: as set, else as its card says where that is asked for."""
-    given = {name: getattr(args, name) for name in _DRAWN if getattr(args, name) not in (None, [])}
+    given = {name: getattr(args, name) for name in DRAWN if getattr(args, name) not in (None, [])}
     given["max_new_tokens"] = args.max_new_tokens
     if args.from_generation_config:
         return SamplingSettings.from_generation_config(model, **given)

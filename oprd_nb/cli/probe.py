@@ -13,22 +13,13 @@ from transformers.hf_argparser import HfArg
 
 from ..capture import num_layers_of
 from .arguments import DTYPES, PairArguments, check_placement
-from oprd_nb.cli.asking import (
-    AskingArguments,
-    asked_lines,
-    load_problems,
-    student_format,
-    switches_of,
-    teacher_format,
-    warn_unread,
-)
+from .asking import AskingArguments, asked_teacher, load_problems, student_format, switches_of
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
 from ..models.loading import check_tokenizer, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..rollouts.samplers import HFSampler
 from ..runs.folder import write_about
-from ..teachers import Teacher, asked_of_both
 
 # %% ../../nbs/60_cli/02_probe.ipynb #d54e4c4d
 @dataclass
@@ -63,12 +54,9 @@ def probe_pair(args: ProbeArguments) -> PairReport:
     check_tokenizer(student, tokenizer, "student")
     Layers(args.layers).of(num_layers_of(student))
     teacher_model = load_model(args.teacher, dtype=args.dtype, device=args.device)
-    teacher_tokenizer = load_tokenizer(args.teacher)
-    of_teacher = teacher_format(args, tokenizer, teacher_tokenizer, of_student)
-    teacher = Teacher(teacher_model, teacher_tokenizer, prompt_format=of_teacher)
-    asked = asked_of_both(prompts[0], tokenizer, teacher_tokenizer, of_student, of_teacher)
-    print(*asked_lines(asked), sep="\n")
-    warn_unread({"the student": (tokenizer, of_student), "the teacher": (teacher_tokenizer, of_teacher)})
+    teacher, asked = asked_teacher(
+        args, teacher_model, load_tokenizer(args.teacher), tokenizer, of_student, prompts[0]
+    )
     print(placement_line({"student": student, "teacher": teacher_model}, device=args.device))
     rollouts = HFSampler(student, tokenizer, prompt_format=of_student).sample(
         prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed

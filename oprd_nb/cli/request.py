@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge, load_bridge
 from .arguments import DTYPES, PairArguments, check_placement
-from .asking import SideArguments, card_of, student_format
+from .asking import DRAWN, SideArguments, card_of, student_format
 from .bridge import rank_of
 from ..core import Rollouts
 from ..objectives.distances import DISTANCES
@@ -163,9 +163,6 @@ def check_methods(args: TrainArguments) -> None:
     Representation(args.layers, args.positions, args.distance or "normalized_mse")
 
 # %% ../../nbs/60_cli/03b_request.ipynb #8758bfc0
-_OF_CARD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
-
-
 def take_card(args: TrainArguments, config: OPRDConfig) -> None:
     """Set what the student's card says of sampling, where that is asked for and nothing else was given.
 
@@ -176,7 +173,7 @@ def take_card(args: TrainArguments, config: OPRDConfig) -> None:
     card = SamplingSettings.from_generation_config(
         card_of(args.student), max_new_tokens=config.max_completion_length
     )
-    found = {name: getattr(card, name) for name in _OF_CARD} | {"eval_temperature": card.temperature}
+    found = {name: getattr(card, name) for name in DRAWN} | {"eval_temperature": card.temperature}
     for name, value in found.items():
         if name not in args.given:
             setattr(config, name, list(value) if name == "stop" else value)

@@ -10,6 +10,7 @@ __all__ = ['some_of', 'check_loading', 'not_finite', 'check_finite', 'few_tokens
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Int
@@ -168,8 +169,16 @@ def padding_error(model: nn.Module) -> float:
     return float((behind - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
 
 
+_LEAVE_PADDING_OUT = WeakSet[nn.Module]()
+
+
 def check_padding(model: nn.Module, where: str) -> None:
-    """ValueError for a model that does not leave out what the attention mask says is padding."""
+    """ValueError for a model that does not leave out what the attention mask says is padding.
+
+    That is a matter of its code and not of its weights, so each model is asked once.
+    """
+    if model in _LEAVE_PADDING_OUT:
+        return
     error = padding_error(model)
     # NaN, of weights that are not finite, is for check_finite.
     if error >= 0.1:
@@ -179,3 +188,5 @@ def check_padding(model: nn.Module, where: str) -> None:
             "of different lengths cannot share a batch; take a family that follows attention_mask, or sample "
             "prompts of one length at a time"
         )
+    if error < 0.1:
+        _LEAVE_PADDING_OUT.add(model)

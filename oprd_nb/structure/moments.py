@@ -323,15 +323,7 @@ class SavedMoments(MomentsByLayer):
                     tensors = {name: stored.get_tensor(f"{pair[0]}.{pair[1]}.{name}") for name in _TENSORS}
                     check_stored(moments.pairs[pair], count, tensors)
                     moments.pairs[pair] = PairMoments(count, *tensors.values(), layer_pair=pair)
-        except (
-            OSError,
-            SafetensorError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            RecursionError,
-        ) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), "")[:200]
             raise ValueError(
                 f"path={str(path)!r}: cannot be read as moments ({reason}); write them with Moments.save"

@@ -9,7 +9,6 @@ __all__ = ['check_trl', 'check_max_steps', 'check_mappings', 'check_loggers', 'p
 
 # %% ../../nbs/23_training/05_config.ipynb #00000002
 import inspect
-import json
 import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
@@ -39,7 +38,7 @@ from ..runs.settings import Range, check_choice, check_numbers
 from ..tasks.grading import grader
 from ..teachers import Teacher
 from .diagnostics import width_of
-from ..utils import autocast_dtype, best_device
+from ..utils import autocast_dtype, best_device, parse_json_line
 
 # %% ../../nbs/23_training/05_config.ipynb #00000005
 _OVERRIDDEN = {
@@ -121,18 +120,10 @@ def check_max_steps(max_steps: int) -> None:
         )
 
 # %% ../../nbs/23_training/05_config.ipynb #1bd6234b
-def _is_mapping(text: str) -> bool:
-    """Whether a text is names with values, as JSON."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
 def check_mappings(settings: object) -> None:
     """ValueError for one of TRL's `..._kwargs` that is text, where names with values are needed."""
     for name, value in vars(settings).items():
-        if name.endswith("_kwargs") and isinstance(value, str) and not _is_mapping(value):
+        if name.endswith("_kwargs") and isinstance(value, str) and parse_json_line(value) is None:
             raise ValueError(f"{name}={value!r}: must be names with values, as in '{{\"name\": 1}}'")
 
 # %% ../../nbs/23_training/05_config.ipynb #db87dba3

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ..capture import FINAL, LayerKey, capture_with_grad, lm_head_of, num_layers_of
-from ..models.checks import evaluating
-from ..models.loading import input_device
+from ..models.checks import evaluating, few_tokens
 from ..objectives.terms import Objective, Term, as_objective
 
 # %% ../../nbs/23_training/05d_reach.ipynb #dce19263
@@ -57,7 +56,7 @@ def layers_read(objective: Objective, num_layers: int) -> list[LayerKey]:
 
 def reached_parameters(model: nn.Module, objective: Objective) -> set[int]:
     """The `id` of every trainable parameter of `model` that `objective` reaches."""
-    ids = torch.arange(1, 5, device=input_device(model))[None]
+    ids = few_tokens(model)
     mask = torch.ones_like(ids, dtype=torch.bool)
     read = dict.fromkeys(layers_read(objective, num_layers_of(model)), mask)
     with evaluating(model), torch.enable_grad():

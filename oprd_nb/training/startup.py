@@ -200,7 +200,7 @@ def without_long_prompts(
     args: OPRDConfig,
     prompt_format: PromptFormat | None = None,
 ) -> Dataset:
-    """The prompts that are shorter than both contexts; a `StartWarning` counts the others.
+    """The prompts that are shorter than both contexts; a warning counts the others.
 
     ValueError where too few are left for one step.
     """
@@ -217,7 +217,6 @@ def without_long_prompts(
     warnings.warn(
         f"train_dataset: {len(long)} of {len(prompts)} prompts have {limit:,} tokens or more, which is the "
         f"context, and were left out (row {min(long)} is the first)",
-        StartWarning,
         stacklevel=3,
     )
     short = dataset.select([i for i in range(len(prompts)) if i not in long])
@@ -365,6 +364,23 @@ def check_teacher(
     )
 
 # %% ../../nbs/23_training/05c_startup.ipynb #0f1a2807
+def _asked_and_drawn(
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
+    args: OPRDConfig,
+    prompt_format: PromptFormat | None,
+    sampler: Sampler | None,
+) -> list[Finding]:
+    """How both are asked, and how the student draws: what costs nothing to look at."""
+    return [
+        check_ends(student, tokenizer, teacher, prompt_format),
+        check_template(tokenizer, teacher, prompt_format),
+        check_card(student, sampler),
+        check_dropout(student, bool(args.disable_dropout)),
+    ]
+
+
 def findings_at_start(
     student: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -376,10 +392,7 @@ def findings_at_start(
 ) -> list[Finding]:
     """What is looked at whenever a run begins: seconds at most, and nothing is written."""
     return [
-        check_ends(student, tokenizer, teacher, prompt_format),
-        check_template(tokenizer, teacher, prompt_format),
-        check_card(student, sampler),
-        check_dropout(student, bool(args.disable_dropout)),
+        *_asked_and_drawn(student, tokenizer, teacher, args, prompt_format, sampler),
         check_vocabularies_at_start(student, tokenizer, teacher),
         check_context(student, tokenizer, teacher, args, dataset, prompt_format),
         check_memory(student, teacher, args),
@@ -398,10 +411,7 @@ def warn_at_start(
 ) -> None:
     """A `StartWarning` for ends of turns, templates, drawing, dropout or lengths that are not fine."""
     for found in (
-        check_ends(student, tokenizer, teacher, prompt_format),
-        check_template(tokenizer, teacher, prompt_format),
-        check_card(student, sampler),
-        check_dropout(student, bool(args.disable_dropout)),
+        *_asked_and_drawn(student, tokenizer, teacher, args, prompt_format, sampler),
         check_context(student, tokenizer, teacher, args, dataset, prompt_format, most=50),
     ):
         if not found.fine:

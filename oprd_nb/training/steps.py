@@ -114,6 +114,14 @@ class WrappedModels(DistillationTrainer):
         if not self.args.disable_tqdm:
             self.add_callback(ProgressBar)
 
+    def shared_counts(self, counts: Float[Tensor, "terms"]) -> Float[Tensor, "terms"]:
+        """This process's share of the positions that all processes supervise.
+
+        DDP averages gradients over processes, so each divides by its share.
+        """
+        total = cast(Tensor, self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum"))
+        return total / self.accelerator.num_processes
+
     @torch.no_grad()
     def inside(self, wrapper: nn.Module, ask: Callable[[], Any]) -> Any:
         """`ask()`, without gradients, while `wrapper` has gathered the weights it shards."""
@@ -354,10 +362,8 @@ class RolloutMixin(SamplingMixin):
         if "teacher_prompt" in inputs[0]:
             own_prompts = {"prompts": [example["teacher_prompt"] for example in inputs]}
         pairs = self.teacher.read(rollouts, self._tokenizer, **own_prompts)
-        # DDP averages gradients over processes, so each divides by its share of the step's positions.
-        counts: Any = self.accelerator.reduce(self.objective.counts(pairs), reduction="sum")
+        counts = self.shared_counts(self.objective.counts(pairs))
         self._supervised_steps.see(counts)
-        counts = counts / self.accelerator.num_processes
         self._describe_rollouts(rollouts, pairs)
         self._grade_rollouts(rollouts, [example.get("answer") for example in inputs])
         return batch | MicroBatch(rollouts, pairs, counts).to_batch()
@@ -517,8 +523,7 @@ class FiniteMixin(LogMixin):
         self.passes.clear()
         model.zero_grad(set_to_none=True)
         counted = torch.stack([self.objective.counts(batch.pairs) for batch in batches]).sum(0)
-        counts: Any = self.accelerator.reduce(counted.to(self.accelerator.device), reduction="sum")
-        counts = counts / self.accelerator.num_processes
+        counts = self.shared_counts(counted)
         *early, last = (replace(batch, counts=counts) for batch in batches)
         losses = [self.pass_without_sync(model, part) for part in early]
         return torch.stack([*losses, self.one_pass(model, last)]).sum()
