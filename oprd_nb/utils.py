@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RETURN_MEMORY', 'OKABE_ITO', 'is_full', 'naming_full_disk', 'replacing', 'write_whole', 'append_jsonl',
            'parse_json_line', 'read_jsonl', 't_interval', 'welch_interval', 'bootstrap_interval', 'Ratio',
-           'cluster_bootstrap_ratio', 'Cost', 'measured', 'best_device', 'autocast_dtype', 'looks_local',
+           'cluster_bootstrap_ratio', 'Cost', 'measured', 'best_device', 'autocast_dtype', 'first_line', 'looks_local',
            'results_folder', 'small_png', 'notebook_defaults']
 
 # %% ../nbs/00_utils.ipynb #bbd87392
@@ -306,6 +306,12 @@ def autocast_dtype(device: "torch.device | str") -> "torch.dtype | None":
     # A GPU without units for bfloat16 emulates it, which CUDA counts as support unless told otherwise.
     fast = supported(including_emulation=False) if kind == "cuda" else supported()
     return torch.bfloat16 if fast else None
+
+# %% ../nbs/00_utils.ipynb #4b2a0571
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 300 characters, without its full stop; else its kind."""
+    text = str(error).strip().split("\n")[0]
+    return text[:300].rstrip(".") or type(error).__name__
 
 # %% ../nbs/00_utils.ipynb #de7691c6
 def looks_local(name: str | Path) -> bool:

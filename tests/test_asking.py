@@ -2,16 +2,21 @@
 
 import json
 
+import datasets
 import pandas as pd
 import pytest
 import yaml
 
 from oprd_nb.cli import main
 from oprd_nb.cli.asking import SideArguments, load_problems
+from oprd_nb.cli.request import TrainArguments
+from oprd_nb.cli.train import training_prompts, validation_problems
 from oprd_nb.evaluation import Evaluation
 from oprd_nb.models import load_model, load_tokenizer
 from oprd_nb.rollouts.prompts import PromptFormat, encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.tasks import loading
+from oprd_nb.tasks.loading import load_task
 from oprd_nb.teachers import Teacher
 
 SUMS = ["1+1+2", "2+2+3", "3+3+4", "4+4+5", "5+5+6", "6+6+7"]
@@ -218,6 +223,35 @@ def test_prompts_without_answers_beside_a_test_set_that_has_them(problems, tmp_p
             load_problems(name, args, others=others)
     with pytest.raises(ValueError, match="answer_column='label'"):
         load_problems(str(plain), args, need_answers=True, others=[graded])
+
+
+@pytest.mark.parametrize("name", ["words", "owner/name"])
+def test_each_set_names_its_own_part(name, monkeypatch):
+    def hub(hub_id, configuration, split):
+        assert (hub_id, configuration) == ("owner/name", "main")
+        return datasets.Dataset.from_dict({"prompt": [f"1+1 of {split}"], "answer": ["2"]})
+
+    monkeypatch.setattr(loading, "_hub_reason", lambda _: None)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    words = load_task("words")
+    main_part = "" if name == "words" else "configuration=main,"
+    args = TrainArguments(
+        "student",
+        "teacher",
+        prompts=f"{name}:{main_part}split=train",
+        test=f"{name}:{main_part}split=validation",
+        validation=f"{name}:{main_part}split=test",
+    )
+    found = {
+        "train": training_prompts(args).train,
+        "validation": training_prompts(args).test,
+        "test": validation_problems(args),
+    }
+    for split, rows in found.items():
+        if name == "words":
+            assert rows["prompt"] == words.splits()[split]["prompt"]
+        else:
+            assert rows["prompt"][0][-1]["content"] == f"1+1 of {split}"
 
 
 def test_eval_takes_settings_prompts_and_a_models_card(models, problems, heard, tmp_path, capsys):

@@ -35,7 +35,7 @@ from oprd_nb.bench.methods import (
 )
 from ..capture import capture_frozen
 from ..core import Rollouts
-from ..models.loading import first_line, load_model, load_tokenizer
+from ..models.loading import load_model, load_tokenizer
 from ..models.pairs import embedded
 from ..objectives.objective import loss_on_pairs, plan_capture
 from ..objectives.representation import Representation
@@ -44,7 +44,7 @@ from ..pairing.positions import Pairs, identity_pairs
 from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.vllm import VLLMSampler
 from ..training.batching import micro_batches
-from ..utils import RETURN_MEMORY, measured
+from ..utils import RETURN_MEMORY, first_line, measured
 
 # %% ../../nbs/50_bench/02_measure.ipynb #0000000d
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from ..capture import FINAL, backbone_of, num_layers_of
 from ..pairing.token_bytes import fingerprint
 from ..teachers import Teacher
-from ..utils import replacing
+from ..utils import first_line, replacing
 
 # %% ../../nbs/12_bridge/01_base.ipynb #00000005
 @dataclass(frozen=True)
@@ -319,9 +319,8 @@ def load_maps(path: str | Path, *kinds: type[_Maps]) -> _Maps:
         if kind in by_name:
             return by_name[kind](header, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), "")[:300]
         raise ValueError(
-            f"path={str(file)!r}: cannot be read as a bridge ({reason}); "
+            f"path={str(file)!r}: cannot be read as a bridge ({first_line(error)}); "
             "write one with its `save` or with `oprd bridge`"
         ) from None
     raise ValueError(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, 
 from .asking import asked_lines, student_format, teacher_format
 from .files import PRESETS
 from .request import TrainArguments, objective_needs_head, other_prompt
-from ..models.loading import check_reachable, first_line, load_tokenizer, locate_model
+from ..models.loading import check_reachable, load_tokenizer, locate_model
 from ..models.memory import MemoryConfig, memory_of, parameters_of
 from ..models.placement import memory_there
 from ..rollouts.prompts import PromptFormat, with_switches
@@ -25,7 +25,7 @@ from ..tasks.messages import as_messages
 from ..teachers import asked_of_both
 from ..training.config import OPRDConfig
 from ..training.sampling import effective_line
-from ..utils import best_device
+from ..utils import best_device, first_line
 
 # %% ../../nbs/60_cli/03c_plan.ipynb #ddbe5715
 PAPER_SHAPE = {

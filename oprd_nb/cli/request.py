@@ -112,7 +112,7 @@ class DataArguments:
         help="What samples: TRL, or an engine in this process.",
         metadata={"choices": ("trl", "vllm")},
     )
-    test: str = HfArg(default="", help="Set on which to measure before and after; none by default.")
+    test: str = HfArg(default="", help="Set measured before and after; owner/name:split=test is a part.")
     validation: str = HfArg(default="", help="Set for --eval_strategy steps and --load_best_model_at_end.")
     resume: bool = HfArg(default=False, help="Go on from the last whole checkpoint of --output_dir, if any.")
     dry_run: bool = HfArg(

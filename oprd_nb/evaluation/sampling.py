@@ -34,7 +34,7 @@ from ..rollouts.settings import Filters, SamplingSettings, check_number
 from ..tasks.answers import answer_kind, extract_answer
 from ..tasks.grading import Grader, grade_all, grader
 from ..tasks.problems import Task
-from ..utils import bootstrap_interval, replacing
+from ..utils import bootstrap_interval, first_line, replacing
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000009
 def write_samples(samples: pd.DataFrame, settings: dict, path: str | Path) -> Path:
@@ -51,9 +51,9 @@ def read_samples(path: str | Path) -> tuple[pd.DataFrame, dict]:
     try:
         samples = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"path={str(path)!r}: cannot be read as samples ({reason}); write them with Evaluation.save"
+            f"path={str(path)!r}: cannot be read as samples ({first_line(error)}); "
+            "write them with Evaluation.save"
         ) from None
     settings = samples.attrs.get("oprd_nb.evaluation", {})
     samples.attrs = {}

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..models.loading import first_line
 from ..tasks.messages import as_messages, with_system
+from ..utils import first_line
 
 # %% ../../nbs/06_rollouts/01_prompts.ipynb #5960ab61
 _OURS = (

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..utils import replacing
+from ..utils import first_line, replacing
 
 # %% ../../nbs/10_structure/01_moments.ipynb #a1b20004
 class PlantedStates(NamedTuple):
@@ -324,9 +324,9 @@ class SavedMoments(MomentsByLayer):
                     check_stored(moments.pairs[pair], count, tensors)
                     moments.pairs[pair] = PairMoments(count, *tensors.values(), layer_pair=pair)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), "")[:200]
             raise ValueError(
-                f"path={str(path)!r}: cannot be read as moments ({reason}); write them with Moments.save"
+                f"path={str(path)!r}: cannot be read as moments ({first_line(error)}); "
+                "write them with Moments.save"
             ) from None
         return moments
 

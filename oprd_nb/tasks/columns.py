@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import Table, parse_json
 from .messages import as_messages, shown, text_of, with_system
+from ..utils import first_line
 
 # %% ../../nbs/03_tasks/09_columns.ipynb #0faa4069
 if TYPE_CHECKING:
@@ -198,8 +199,7 @@ def checked_problems(
             f"{table.where}: {half!r} in a text is half of a character; write the whole one, or remove it"
         ) from None
     except (ArrowException, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
             f"{table.where}, column {prompt!r}: the same key holds values of different kinds in its messages "
-            f"({reason}); write the arguments of tool calls as JSON text"
+            f"({first_line(error)}); write the arguments of tool calls as JSON text"
         ) from None

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils import first_line
+
 # %% ../../nbs/03_tasks/08_files.ipynb #c2772ae1
 @dataclass
 class Table:
@@ -149,11 +151,6 @@ def read_csv(path: Path, where: str) -> Table:
     return Table(where, header, rows, lines)
 
 # %% ../../nbs/03_tasks/08_files.ipynb #82246343
-def _reason(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
 def read_parquet(path: Path, where: str) -> Table:
     """The rows of a parquet file."""
     import pyarrow.parquet
@@ -164,7 +161,9 @@ def read_parquet(path: Path, where: str) -> Table:
         columns = table.column_names
         return Table(where, columns, table.to_pylist() if len(set(columns)) == len(columns) else [])
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{where}: cannot be read as parquet ({_reason(error)}); write it again") from None
+        raise ValueError(
+            f"{where}: cannot be read as parquet ({first_line(error)}); write it again"
+        ) from None
 
 
 def _saved_without_rows(state: Path) -> bool:
@@ -192,7 +191,9 @@ def read_folder(path: Path, where: str) -> dict[str, Table]:
             raise
         if any(_saved_without_rows(state) for state in path.rglob("state.json")):
             raise ValueError(f"{where}: has no rows; give at least one problem") from None
-        raise ValueError(f"{where}: cannot be read by `datasets` ({_reason(error)}); save it again") from None
+        raise ValueError(
+            f"{where}: cannot be read by `datasets` ({first_line(error)}); save it again"
+        ) from None
 
 # %% ../../nbs/03_tasks/08_files.ipynb #f31df51c
 READERS: dict[str, Callable[[Path, str], Table]] = {
