@@ -1,6 +1,7 @@
 """How student and teacher are asked, and how tokens are drawn, from the command line, on tiny models."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -252,6 +253,19 @@ def test_each_set_names_its_own_part(name, monkeypatch):
             assert rows["prompt"] == words.splits()[split]["prompt"]
         else:
             assert rows["prompt"][0][-1]["content"] == f"1+1 of {split}"
+
+
+def test_stored_samples_of_another_template_are_not_reused(models, problems, tmp_path, capsys):
+    student, _ = models(THINKING, THINKING)
+    request = ["eval", student, "--task", problems(), "--samples", "1", "--max_new_tokens", "4"]
+    request += ["--out", str(tmp_path / "out")]
+    assert main(request) == 0
+    assert main(request) == 0
+    template = Path(student) / "chat_template.jinja"
+    template.write_text(template.read_text() + "=")
+    capsys.readouterr()
+    assert main(request) == 2
+    assert "another template or tokenizer" in capsys.readouterr().err
 
 
 def test_eval_takes_settings_prompts_and_a_models_card(models, problems, heard, tmp_path, capsys):

@@ -27,7 +27,7 @@ from oprd_nb.cli.asking import (
     warn_unread,
 )
 from ..evaluation.comparison import export_table, paired_table
-from ..evaluation.sampling import Evaluation, evaluate, weights_mark
+from ..evaluation.sampling import Evaluation, asked_mark, evaluate, weights_mark
 from ..models.loading import check_tokenizer, chosen_device, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..rollouts.prompts import PromptFormat, render_prompts
@@ -255,6 +255,7 @@ def evaluate_models(args: EvalArguments) -> tuple[str, dict[str, Evaluation]]:
                 path=paths[name],
                 name=task.name,
                 weights=weights_mark(model),
+                asked=asked_mark(tokenizer, task.test["prompt"], formats[name]),
                 batch_size=args.batch_size,
                 grade_with=args.grade_with or None,
                 **settings[name].keywords(),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'write_samples', 'read_samples', 'SampleTable', 'SampleMetrics', 'format_metric', 'stored_rollouts',
-           'Evaluation', 'prompt_text', 'Grading', 'sample_rows', 'weights_mark', 'problems_mark', 'check_settings',
-           'Chunks', 'problems_of', 'sample_chunks', 'evaluate']
+           'Evaluation', 'prompt_text', 'Grading', 'sample_rows', 'weights_mark', 'problems_mark', 'asked_mark',
+           'check_settings', 'Chunks', 'problems_of', 'sample_chunks', 'evaluate']
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000002
 import json
@@ -292,13 +292,28 @@ def problems_mark(problems: Dataset) -> int:
     """A checksum of the prompts and answers of a set, in their order."""
     return zlib.crc32(json.dumps([list(problems["prompt"]), list(problems["answer"])]).encode())
 
+# %% ../../nbs/21_evaluation/02_sampling.ipynb #a83446bc
+def asked_mark(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence, prompt_format: PromptFormat | None = None
+) -> int:
+    """A checksum of the prompts' token ids; another template, tokenizer or format changes it."""
+    return zlib.crc32(json.dumps(encode_prompts(tokenizer, prompts, prompt_format)).encode())
+
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #133c802d
 def check_settings(stored: dict, requested: dict, path: Path) -> None:
     """ValueError where the samples stored at `path` were made with other settings than those requested.
 
-    A file from before a sampling setting existed was made with that setting's default.
+    A file from before a sampling setting existed was made with that setting's default. Prompts are compared
+    as the model reads them where both say what these are.
     """
+    ours, theirs = requested.get("asked"), stored.get("asked")
+    if ours and theirs and ours != theirs:
+        raise ValueError(
+            f"path={str(path)!r}: holds samples of prompts that became other token ids, by another template "
+            "or tokenizer; use another path or delete it"
+        )
     defaults = SamplingSettings().stored() | Grading().stored()
+    requested = {name: value for name, value in requested.items() if name != "asked"}
     for name, value in requested.items():
         found = stored.get(name, defaults.get(name))
         if found != value:
@@ -417,6 +432,7 @@ def evaluate(
     progress: bool = True,
     name: str | None = None,
     weights: int = 0,
+    asked: int = 0,
     batch_size: int = 256,
     grade_with: str | Grader | None = None,
     unfinished: bool = False,
@@ -431,7 +447,8 @@ def evaluate(
     `path`: chunks of about `batch_size` responses are stored there as they are finished; a call that was cut
     off goes on, a finished one is read.
     `grade_with`, `unfinished`, `bold`: how responses are judged, see `Grading`.
-    `name`: of the set, by default the task's; `weights`: the model's `weights_mark`, checked at `path`.
+    `name`: of the set, by default the task's; `weights`, `asked`: the model's `weights_mark` and its prompts'
+    `asked_mark`, checked at `path`.
     ValueError for no problems, a problem without an answer, or a path whose samples have other settings.
     """
     chosen, name = problems_of(problems, name, n)
@@ -443,7 +460,7 @@ def evaluate(
     settings |= sampling.stored() | grading.stored() | stored_format(sampler)
     if path is not None:
         path = Path(path)
-        settings |= {"checksum": problems_mark(chosen), "weights": weights}
+        settings |= {"checksum": problems_mark(chosen), "weights": weights, "asked": asked}
         if path.exists():
             samples, stored = read_samples(path)
             check_settings(stored, settings, path)
