@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .capture import Captured, LayerKey, capture_frozen
 from .core import Rollouts
-from .models.loading import check_tokenizer
+from .models.tokenizers import check_tokenizer
 from .pairing.positions import Pairs, pair_positions, pair_prompted
 from .pairing.token_bytes import fingerprint
 from .rollouts.prompts import PromptFormat, render_prompts

@@ -13,8 +13,9 @@ from transformers import T5Config
 
 from oprd_nb.capture import FINAL, capture, lm_head_of
 from oprd_nb.models.checks import check_head, not_finite
-from oprd_nb.models.loading import check_tokenizer, chosen_device, input_device, load_model, load_tokenizer
+from oprd_nb.models.loading import chosen_device, input_device, load_model, load_tokenizer
 from oprd_nb.models.placement import placement_line
+from oprd_nb.models.tokenizers import check_tokenizer
 from oprd_nb.utils import autocast_dtype, best_device
 
 

@@ -16,8 +16,9 @@ from ..bridge.pca import Bridge
 from ..bridge.readout import ReadoutBridge
 from .arguments import DTYPES, check_limits, check_placement
 from .asking import AskingArguments, asked_teacher, load_problems, student_format, switches_of
-from ..models.loading import check_tokenizer, load_model, load_tokenizer
+from ..models.loading import load_model, load_tokenizer
 from ..models.placement import placement_line
+from ..models.tokenizers import check_tokenizer
 from ..plots.bridge_page import save_bridge_folder, sentence
 from ..runs.folder import write_about
 

@@ -28,8 +28,9 @@ from oprd_nb.cli.asking import (
 )
 from ..evaluation.comparison import export_table, paired_table
 from ..evaluation.sampling import Evaluation, asked_mark, evaluate, weights_mark
-from ..models.loading import check_tokenizer, chosen_device, load_model, load_tokenizer
+from ..models.loading import chosen_device, load_model, load_tokenizer
 from ..models.placement import placement_line
+from ..models.tokenizers import check_tokenizer
 from ..rollouts.prompts import PromptFormat, render_prompts
 from ..rollouts.samplers import HFSampler, Sampler
 from ..rollouts.settings import SamplingSettings
@@ -236,7 +237,7 @@ def evaluate_models(args: EvalArguments) -> tuple[str, dict[str, Evaluation]]:
         for name, path in folders.items()
     }
     for name, (model, tokenizer) in loaded.items():
-        check_tokenizer(model, tokenizer, f"{name}'s")
+        check_tokenizer(model, tokenizer, name)
     formats = formats_of(args, {name: tokenizer for name, (_, tokenizer) in loaded.items()})
     settings = {name: sampling_of(args, model) for name, (model, _) in loaded.items()}
     for name, (_, tokenizer) in loaded.items():

@@ -16,8 +16,9 @@ from .arguments import DTYPES, PairArguments, check_placement
 from .asking import AskingArguments, asked_teacher, load_problems, student_format, switches_of
 from ..core import Layers, Positions
 from ..diagnosis import PairReport, diagnose
-from ..models.loading import check_tokenizer, load_model, load_tokenizer
+from ..models.loading import load_model, load_tokenizer
 from ..models.placement import placement_line
+from ..models.tokenizers import check_tokenizer
 from ..rollouts.samplers import HFSampler
 from ..runs.folder import write_about
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'HUB_PATIENCE', 'unpacked_smollm2', 'locate_model', 'check_reachable', 'quantization_config',
            'chosen_device', 'device_map_of', 'input_device', 'is_adapter_folder', 'base_of_adapters',
-           'with_stored_adapters', 'checked_dtype', 'load_whole_model', 'load_model', 'load_tokenizer', 'tokens_beyond',
-           'check_tokenizer', 'end_tokens', 'add_noise']
+           'with_stored_adapters', 'checked_dtype', 'load_whole_model', 'load_model', 'load_tokenizer', 'end_tokens',
+           'add_noise']
 
 # %% ../../nbs/05_models/01_loading.ipynb #00000002
 import importlib.util
@@ -365,44 +365,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-# %% ../../nbs/05_models/01_loading.ipynb #0000000c
-def tokens_beyond(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens without an embedding that text or template could produce.
-
-    Not among them are added ones that only a processor of images or sound inserts, as in Gemma's tokenizer.
-    """
-    embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) <= embeddings:
-        return []
-    added = tokenizer.added_tokens_decoder
-    template = str(tokenizer.chat_template or "")
-    used = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= embeddings}
-    return [
-        token
-        for index, token in beyond.items()
-        if index not in added or not added[index].special or index in used or token in template
-    ]
-
-# %% ../../nbs/05_models/01_loading.ipynb #40ba94f0
-def check_tokenizer(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, whose: str
-) -> None:
-    """ValueError where `tokenizer` can produce a token for which `model` has no embedding.
-
-    `whose` ("student", "teacher") names the model in the message.
-    """
-    beyond = tokens_beyond(model, tokenizer)
-    if beyond:
-        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-        ids = dict(zip(beyond, cast(list[int], tokenizer.convert_tokens_to_ids(beyond)), strict=True))
-        first = min(beyond, key=lambda token: ids[token])
-        raise ValueError(
-            f"{whose} tokenizer: {len(tokenizer)} tokens for a model with {embeddings} embeddings "
-            f"({len(beyond)} ids have none, from {ids[first]}, {first!r}, to {max(ids.values())}); "
-            f"give the {whose}'s own tokenizer"
-        )
 
 # %% ../../nbs/05_models/01_loading.ipynb #0000000e
 def end_tokens(model: nn.Module | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.loading import check_tokenizer, load_model, load_tokenizer, locate_model
+from ..models.loading import load_model, load_tokenizer, locate_model
+from ..models.tokenizers import check_tokenizer
 from ..runs.folder import RunPaths, read_settings
 from .card import write_card
 from .checkpoints import checkpoint_problem, checkpoints_of, last_good_checkpoint

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.sampling import evaluate
 from ..models.checks import check_padding, head_error
-from ..models.loading import check_tokenizer, end_tokens, input_device
+from ..models.loading import end_tokens, input_device
 from ..models.placement import memory_there, token_bytes, weight_bytes
+from ..models.tokenizers import check_tokenizer
 from ..pairing.token_bytes import fingerprint
 from ..rollouts.prompts import PromptFormat, encode_prompts, unread_switches
 from ..rollouts.samplers import HFSampler, Sampler, logprob_gap
