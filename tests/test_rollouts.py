@@ -15,7 +15,13 @@ from oprd_nb.models.pairs import embedded
 from oprd_nb.rollouts import samplers
 from oprd_nb.rollouts.batches import bytes_per_token, run_in_batches
 from oprd_nb.rollouts.prompts import encode_prompts
-from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler, logprob_gap, response_log_probs
+from oprd_nb.rollouts.samplers import (
+    HFSampler,
+    ReplaySampler,
+    logprob_differences,
+    logprob_gap,
+    response_log_probs,
+)
 from oprd_nb.rollouts.settings import SamplingSettings
 
 
@@ -252,6 +258,8 @@ def test_the_gap_is_a_mean_over_response_tokens(same):
     shifted = torch.where(rollouts.response_mask, log_probs + 0.5, 0.0)
     shifted[0] = log_probs[0]
     assert logprob_gap(same.student, replace(rollouts, log_probs=shifted)) == pytest.approx(0.5 * 3 / 4)
+    differences = logprob_differences(same.student, replace(rollouts, log_probs=shifted))
+    torch.testing.assert_close(differences, torch.tensor([0.0, 0.5, 0.5, 0.5]), atol=1e-6, rtol=0)
 
 
 def test_replay_gives_back_stored_log_probabilities(same):

@@ -308,6 +308,27 @@ def test_sampling_settings_reach_a_sampler_and_the_run_folder(same, tmp_path):
             settings(**wrong)
 
 
+class PartlyStale(HFSampler):
+    """Says of every fourth token of the last response that it was likelier than it was, by 5 nats."""
+
+    def sample(self, prompts, **options):
+        rollouts = super().sample(prompts, **options)
+        places = rollouts.response_mask[-1].nonzero()[::4]
+        rollouts.log_probs[-1, places] += 5
+        return rollouts
+
+
+def test_the_sampler_is_compared_on_all_responses_and_its_worst_tokens_are_logged(same, tmp_path):
+    sampler = PartlyStale(same.student, same.tokenizer)
+    settings = dict(max_steps=1, logprob_tolerance=10, per_device_train_batch_size=8)
+    _, seen = train(tmp_path, same, FullKL(), sampler, **settings)
+    logged = next(line for line in seen.logs if "sampler/logprob_gap" in line)
+    assert 0 < logged["sampler/logprob_gap"] < 1
+    assert logged["sampler/logprob_gap_p99"] == pytest.approx(5, abs=1e-3)
+    with pytest.raises(RuntimeError, match="sampler/logprob_gap=.*does not use the student's weights"):
+        train(tmp_path, same, FullKL(), sampler, **settings | {"logprob_tolerance": None})
+
+
 def test_bfloat16_and_gradient_checkpointing(same, tmp_path):
     _, seen = train(
         tmp_path,

@@ -14,6 +14,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,23 +94,33 @@ class TextReading:
 
 
 @torch.no_grad()
+def _predictions(model: nn.Module, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens vocabulary"]:
+    """Log-probabilities of what follows each token."""
+    rows = ids[None].to(input_device(model))
+    with evaluating(model):
+        logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def _text_log_prob(log_probs: Float[Tensor, "tokens vocabulary"], ids: Int[Tensor, "tokens"]) -> Tensor:
+    """Mean log-probability of the tokens after the first."""
+    return log_probs[:-1].gather(-1, ids[1:, None].to(log_probs.device)).mean()
+
+
 def read_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> TextReading | None:
-    """One short pass per text; None where the tokenizer can spell none of them."""
+    """Two short passes per text; None where the tokenizer can spell none of them."""
     generator = torch.Generator().manual_seed(0)
     last = max(tokenizer.get_vocab().values())
     found: list[Tensor] = []
-    for ids in filter(None, (spelled(text, tokenizer) for text in _TEXTS)):
-        text = torch.tensor(ids)
-        shuffled = text[torch.randperm(len(ids), generator=generator)]
-        rows = torch.stack([text, shuffled]).to(input_device(model))
-        with evaluating(model):
-            logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
-        log_probs = logits.float().log_softmax(-1)
-        shares = log_probs[0].exp()
-        entropy = -(shares * log_probs[0]).sum(-1).mean() / math.log(logits.shape[-1])
-        chosen = log_probs[:, :-1].gather(-1, rows[:, 1:, None].to(logits.device)).mean((1, 2))
+    for spelling in filter(None, (spelled(text, tokenizer) for text in _TEXTS)):
+        ids = torch.tensor(spelling)
+        shuffled = ids[torch.randperm(len(ids), generator=generator)]
+        log_probs = _predictions(model, ids)
+        shares = log_probs.exp()
+        evenness = -(shares * log_probs).sum(-1).mean() / math.log(shares.shape[-1])
         unknown = shares[:, last + 1 :].sum(-1).mean()
-        found.append(torch.stack([entropy, unknown, chosen[0] - chosen[1]]))
+        order = _text_log_prob(log_probs, ids) - _text_log_prob(_predictions(model, shuffled), shuffled)
+        found.append(torch.stack([evenness, unknown, order]))
     if not found:
         return None
     return TextReading(len(found), *torch.stack(found).mean(0).tolist())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sampler', 'generation_settings', 'LogProbRecorder', 'response_length', 'left_padded', 'generation_config',
            'RepetitionPenalty', 'processors_of', 'StopTexts', 'TokenCounter', 'HFModel', 'copy_in', 'refresh', 'HFCopy',
-           'HFSampler', 'response_log_probs', 'logprob_gap', 'StoredResponses', 'ReplaySampler']
+           'HFSampler', 'response_log_probs', 'logprob_differences', 'logprob_gap', 'StoredResponses', 'ReplaySampler']
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000002
 import copy
@@ -435,16 +435,20 @@ def response_log_probs(
     return table
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #00000010
-def logprob_gap(student: nn.Module, rollouts: Rollouts) -> float:
-    """Mean absolute difference (nats per token) between `rollouts.log_probs` and the student's own.
+def logprob_differences(student: nn.Module, rollouts: Rollouts) -> Float[Tensor, "tokens"]:
+    """Absolute differences (nats) between `rollouts.log_probs` and the student's own, of all response tokens.
 
     ValueError for rollouts without log-probabilities.
     """
     if rollouts.log_probs is None:
         raise ValueError("rollouts: their sampler gave no log_probs, so there is nothing to compare")
     own = response_log_probs(student, rollouts).to(rollouts.log_probs)
-    difference = (own - rollouts.log_probs)[rollouts.response_mask]
-    return difference.abs().mean().item()
+    return (own - rollouts.log_probs)[rollouts.response_mask].abs()
+
+
+def logprob_gap(student: nn.Module, rollouts: Rollouts) -> float:
+    """Mean absolute difference (nats per token) between `rollouts.log_probs` and the student's own."""
+    return logprob_differences(student, rollouts).mean().item()
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #c530e5f1
 class StoredResponses:

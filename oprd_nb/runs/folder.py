@@ -112,6 +112,7 @@ METRICS = {
     "step/skipped": Metric("share", "Steps skipped", ".1%"),
     "pairing/coverage": Metric("share", "Positions paired with the teacher", ".1%"),
     "sampler/logprob_gap": Metric("nats per token", "Sampler against student, nats per token"),
+    "sampler/logprob_gap_p99": Metric("nats", "Sampler against student, 99th percentile, nats"),
     # At evaluation steps, on held-out problems.
     "eval/avg@<k>": Metric("share", "Accuracy (Avg@<k>)", ".1%"),
     "eval/length/mean": Metric("tokens", "Tokens per response", ","),

@@ -37,7 +37,7 @@ from ..objectives.objective import Losses, check_vocabularies, position_losses, 
 from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
 from ..pairing.positions import Pairs
 from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
-from ..rollouts.samplers import Sampler, logprob_gap
+from ..rollouts.samplers import Sampler, logprob_differences
 from ..rollouts.settings import SamplingSettings
 from ..tasks.messages import as_messages
 from ..teachers import Teacher, asked_of_both, inherited_format
@@ -318,10 +318,8 @@ class SamplingMixin(PromptMixin):
             prompt_ids, n=1, seed=self._rollout_seed(), **self._sampling.keywords()
         )
         if rollouts.log_probs is not None:
-            # Four responses show an engine with other weights as well as all of them, in a short pass.
-            first = rollouts.select(range(min(4, len(rollouts))))
-            gap = self.inside(self.model_wrapped, partial(logprob_gap, student, first))
-            self._check_sampler(gap, logprob_tolerance_of(student, self.args))
+            gaps = self.inside(self.model_wrapped, partial(logprob_differences, student, rollouts))
+            self._check_sampler(gaps, logprob_tolerance_of(student, self.args))
         return rollouts.responses()
 
     def _rollout_seed(self) -> int:
@@ -329,12 +327,14 @@ class SamplingMixin(PromptMixin):
         number = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         return (self.args.seed * 1_000_003 + number) % 2**32
 
-    def _check_sampler(self, gap: float, tolerance: float) -> None:
+    def _check_sampler(self, gaps: Float[Tensor, "tokens"], tolerance: float) -> None:
         """Log how far a sampler's log-probabilities are from the student's.
 
-        RuntimeError where that is more than rounding.
+        RuntimeError where that is more than rounding in the mean.
         """
+        gap = gaps.mean().item()
         self.step_metrics.add("sampler/logprob_gap", gap)
+        self.step_metrics.add("sampler/logprob_gap_p99", gaps.quantile(0.99).item())
         if not gap <= tolerance:
             raise RuntimeError(
                 f"sampler/logprob_gap={gap:.2g} nats per token at step {self.state.global_step}, "
