@@ -9,11 +9,13 @@ from conftest import tiny_qwen3
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from short_runs import short_run
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config, Qwen3ForCausalLM
 
+from oprd_nb.cli import main
 from oprd_nb.core import set_seed
 from oprd_nb.models.loading import is_adapter_folder, load_model
 from oprd_nb.models.pairs import embedded
+from oprd_nb.models.placement import quantised_line, unquantised_parts
 from oprd_nb.objectives.objective import loss_of
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
@@ -276,3 +278,52 @@ def test_an_adapter_folder_is_not_wrapped_again(same, tmp_path):
     assert {name for name, p in load_model(tmp_path).named_parameters() if p.requires_grad} == {
         name for name, p in adapted(embedded("same").student).named_parameters() if p.requires_grad
     }
+
+
+# What quantising leaves out
+
+
+def test_experts_that_share_a_tensor_stay_unquantised_and_that_is_said(tmp_path):
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    whole = AutoModelForCausalLM.from_config(config)
+    whole.save_pretrained(tmp_path)
+    sizes = {name: parameter.numel() for name, parameter in whole.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    attention = sum(size for name, size in sizes.items() if "_proj.weight" in name)
+    for quantize in ("nf4", "int8"):
+        model = load_model(tmp_path, LoraConfig(r=2, target_modules=["q_proj"]), quantize=quantize)
+        counts = unquantised_parts(model)
+        assert sum(counts.values()) == sum(sizes.values())
+        assert counts["experts"] == experts
+        assert counts["quantised"] == attention
+        assert counts["embeddings and head"] == 2 * 64 * 64
+        line = quantised_line("student", model)
+        assert line.startswith(f"student: {1 - attention / sum(sizes.values()):.1%} of its parameters stay")
+        assert "no experts that share one tensor" in line
+    assert quantised_line("student", whole) is None
+
+
+def test_a_run_says_what_stays_unquantised_on_both_sides(tmp_path, capsys):
+    words = (
+        "train embedded/student embedded/teacher arithmetic --lora 4 --quantize nf4 --teacher_quantize int8"
+    )
+    assert main([*words.split(), "--dtype", "bfloat16", "--check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for side in ("student", "teacher"):
+        assert sum(line.startswith(f"{side}: ") and "stay unquantised" in line for line in lines) == 1
+
+
+def test_4_bits_write_where_rows_are_no_whole_blocks():
+    model = load_model("embedded/student", quantize="nf4", dtype="bfloat16")
+    assert model.config.hidden_size % 64
+    pair = embedded("same")
+    sampler = HFSampler(model, pair.tokenizer)
+    assert len(sampler.sample(pair.task.test["prompt"][:2], max_new_tokens=3)) == 2

@@ -45,7 +45,7 @@ from ..evaluation.sampling import Evaluation
 from ..explore.scores import save_token_scores
 from ..models.loading import load_model, load_tokenizer
 from ..models.pairs import ModelPair
-from ..models.placement import placement_line
+from ..models.placement import placement_line, quantised_line
 from ..pairing.layers import pair_layers
 from ..probing.similarity import cka_matrix
 from ..probing.states import collect, join_states
@@ -261,12 +261,12 @@ def missing_from_report(args: TrainArguments, config: OPRDConfig) -> list[str]:
 
 # %% ../../nbs/60_cli/04_train.ipynb #f569363f
 def placement_of_run(args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> str:
-    """One line: where both models of a run are, what is trained, and the memory that a step takes."""
+    """One line: where both models are, what is trained, and its memory; one for each that is quantised."""
     models = {"student": pair.student}
     if pair.teacher is not pair.student:
         models["teacher"] = pair.teacher.requires_grad_(False)
     responses = config.per_device_train_batch_size
-    return placement_line(
+    line = placement_line(
         models,
         trained="student",
         device=None if args.teacher_device == "auto" else args.teacher_device,
@@ -274,6 +274,8 @@ def placement_of_run(args: TrainArguments, config: OPRDConfig, pair: ModelPair) 
         sampled=responses * config.gradient_accumulation_steps * config.max_completion_length,
         checkpointing=config.gradient_checkpointing,
     )
+    quantised = [quantised_line(name, model) for name, model in models.items()]
+    return "\n".join(filter(None, [line, *quantised]))
 
 # %% ../../nbs/60_cli/04_train.ipynb #13f42346
 def stages_of(args: TrainArguments, config: OPRDConfig) -> list[tuple[TrainArguments, OPRDConfig]]:

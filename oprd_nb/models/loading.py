@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'HUB_PATIENCE', 'unpacked_smollm2', 'locate_model', 'check_reachable', 'quantization_config',
-           'chosen_device', 'device_map_of', 'input_device', 'is_adapter_folder', 'base_of_adapters',
+           'chosen_device', 'device_map_of', 'leave_unpacked', 'input_device', 'is_adapter_folder', 'base_of_adapters',
            'with_stored_adapters', 'checked_dtype', 'load_whole_model', 'load_model', 'load_tokenizer', 'end_tokens',
            'add_noise']
 
@@ -165,6 +165,15 @@ def device_map_of(
         return {"": chosen_device(device)}
     return None
 
+# %% ../../nbs/05_models/01_loading.ipynb #63e779cc
+def leave_unpacked(model: nn.Module) -> None:
+    """Keep 4-bit layers from being rearranged for a CPU where their rows are no whole number of blocks."""
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        block = getattr(weight, "blocksize", None)
+        if type(module).__name__ == "Linear4bit" and block and cast(nn.Linear, module).in_features % block:
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
 # %% ../../nbs/05_models/01_loading.ipynb #2b445fda
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's `input_ids` must be: the device of its input embeddings."""
@@ -281,6 +290,7 @@ def load_whole_model(
     }
     model = _from_pretrained(where, str(path), options)
     model.eval()
+    leave_unpacked(model)
     if target is not None:
         cast(nn.Module, model).to(target)
     check_finite(model, str(path))
