@@ -11,20 +11,31 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
 from oprd_nb.pairing.layers import pair_layers
-from oprd_nb.pairing.positions import Pairs, _align, identity_pairs, pair_positions
-from oprd_nb.pairing.token_bytes import fingerprint, vocabulary_bytes
+from oprd_nb.pairing.positions import (
+    Pairs,
+    _align,
+    _check_coverage,
+    _join_bytes,
+    _without_prefix_space,
+    end_of_turn,
+    identity_pairs,
+    pair_positions,
+)
+from oprd_nb.pairing.token_bytes import _TokenBytes, fingerprint, vocabulary_bytes
 from oprd_nb.rollouts.samplers import HFSampler
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+CORPUS = "the sum of the roots is 12, so \\frac{3}{4} + 37 = 37.75 and ∑ über 数学 😀 naïve\n" * 20
 
 
 def byte_level(vocab_size, text):
@@ -51,8 +62,7 @@ def byte_level(vocab_size, text):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    corpus = "the sum of the roots is 12, so \\frac{3}{4} + 37 = 37.75 and ∑ über 数学 😀 naïve\n" * 20
-    return byte_level(270, corpus), byte_level(400, corpus)
+    return byte_level(270, CORPUS), byte_level(400, CORPUS)
 
 
 def brute_force(rollouts, pairs, student_tokenizer, teacher_tokenizer):
@@ -133,8 +143,7 @@ _CACHE = []
 
 def embedded_tokenizers():
     if not _CACHE:
-        corpus = "the sum of the roots is 12, so \\frac{3}{4} + 37 = 37.75 and ∑ über 数学 😀 naïve\n" * 20
-        _CACHE.extend([byte_level(270, corpus), byte_level(400, corpus)])
+        _CACHE.extend([byte_level(270, CORPUS), byte_level(400, CORPUS)])
     return _CACHE
 
 
@@ -144,9 +153,9 @@ def test_a_response_cut_inside_a_character(tokenizers):
     cut = Rollouts.from_ids(rollouts.prompt_ids(), [rollouts.responses()[0][:-1]], 0, rollouts.prompts)
     pairs = pair_positions(cut, student, teacher, min_coverage=0.0)
     trusted = sum(len(vocabulary_bytes(student)[i]) for i in cut.responses()[0]) - 2
-    assert (
-        trusted > 0 and 0 < pairs.coverage < 1
-    )  # what stands before the broken character is paired, the rest is not
+    # What comes before the broken character is paired, the rest is not.
+    assert trusted > 0 and 0 < pairs.coverage < 1
+    assert (pairs.offsets[~pairs.paired] == 0).all()
 
 
 def test_special_tokens_inside_a_response_end_what_can_be_trusted(tokenizers):
@@ -169,6 +178,84 @@ def test_end_of_turn_pairs_with_end_of_turn(tokenizers):
         pairs = pair_positions(rollouts, student, teacher)
         last = pairs.teacher_inputs.input_ids.flatten()[pairs.teacher_rows[-1]]
         assert (last == teacher.eos_token_id) == ended and pairs.coverage == 1.0
+
+
+def test_an_empty_response_has_no_pairs_of_its_own(tokenizers):
+    rollouts = rollouts_of(["37", "37"], tokenizers[0])
+    rollouts.response_mask[0] = False
+    pairs = pair_positions(rollouts, *tokenizers)
+    assert not (pairs.paired & pairs.response_mask)[0].any()
+    assert pairs.coverage == 1.0
+
+
+def test_coverage_warns_below_95_percent_and_not_at_it():
+    rollouts = Rollouts.from_ids([[3]], [[4] * 20], 0)
+    positions = torch.arange(21)[None].clone()
+    positions[0, -1] = -1
+    pairs = Pairs(rollouts, positions, torch.zeros_like(positions), rollouts.response_mask)
+    assert pairs.coverage == 0.95
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _check_coverage(pairs, 0.0)
+        _check_coverage(pairs, 0.95)
+    positions[0, -2] = -1
+    with pytest.warns(UserWarning, match="only 90.0%"):
+        _check_coverage(pairs, 0.9)
+    with pytest.raises(ValueError, match="min_coverage=0.91"):
+        _check_coverage(pairs, 0.91)
+
+
+def test_the_end_of_a_turn_is_what_the_template_writes():
+    tokenizer = byte_level(270, CORPUS)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    tokenizer.eos_token = "<|pad|>"
+    assert end_of_turn(tokenizer) == end != tokenizer.eos_token_id
+    bare = byte_level(270, CORPUS)
+    bare.chat_template = None
+    assert end_of_turn(bare) == bare.eos_token_id
+
+
+def test_a_teacher_that_opens_every_text_reads_the_response_without_its_opening(tokenizers):
+    student, teacher = tokenizers
+    opening = byte_level(400, CORPUS)
+    opening.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", opening.convert_tokens_to_ids("<|user|>"))]
+    )
+    assert len(opening("37")["input_ids"]) == len(teacher("37")["input_ids"]) + 1
+    rollouts = rollouts_of(["the sum is 37"], student)
+    plain, opened = (pair_positions(rollouts, student, other) for other in (teacher, opening))
+    assert plain.teacher_inputs.responses() == opened.teacher_inputs.responses()
+
+
+def test_the_first_position_of_a_sequence_can_be_a_partner():
+    rollouts = Rollouts.from_ids([[3]], [[4, 5]], 0)
+    positions = torch.tensor([[0, 1, -1]])
+    pairs = Pairs(rollouts, positions, torch.zeros_like(positions), rollouts.response_mask)
+    assert pairs.paired.tolist() == [[True, True, False]]
+    assert pairs.student_rows.tolist() == [0, 1]
+
+
+def test_bytes_are_joined_up_to_the_first_special_token():
+    """Tokens: a, one of no bytes, a special one; ids beyond the vocabulary are special."""
+    table = _TokenBytes([b"a", b"", None], np.array([1, 0, -1, -1]), True)
+    for special in (2, 7):
+        data, lengths = _join_bytes(np.array([0, 1, 0, special, 0]), table)
+        assert data == b"aa" and lengths.tolist() == [1, 0, 1]
+    assert _join_bytes(np.array([1, 0]), table)[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "left", "lengths"),
+    [
+        (b" ab", b"ab", b"ab", [0, 1, 1]),
+        (b" ab", b" ab", b" ab", [1, 1, 1]),
+        (b"  b", b"b", b"  b", [1, 1, 1]),
+        (b"  b", b" b", b" b", [0, 1, 1]),
+    ],
+)
+def test_one_space_at_the_front_is_left_out(data, text, left, lengths):
+    found, found_lengths = _without_prefix_space(data, np.array([1, 1, 1]), text)
+    assert found == left and found_lengths.tolist() == lengths
 
 
 def test_same_tokenizer_is_the_identity(tokenizers):
