@@ -1,11 +1,13 @@
 """Captured states equal transformers' own on five architectures, in every mode a trainer uses."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -19,11 +21,24 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
 
-from oprd_nb.capture import FINAL, capture, capture_each, lm_head_of, num_layers_of, position_ids_of
+from oprd_nb.capture import (
+    FINAL,
+    at_least_float32,
+    backbone_of,
+    capture,
+    capture_each,
+    forward_hooks,
+    lm_head_of,
+    long_rope_limit,
+    num_layers_of,
+    position_ids_of,
+)
 from oprd_nb.core import Positions, Rollouts
 
 SMALL = dict(
@@ -258,3 +273,70 @@ def test_several_layers_fill_one_buffer_without_resizing_it(rollouts):
         )
     memory = {states[layer].untyped_storage().data_ptr() for layer in (1, 2, FINAL)}
     assert len(memory) == 1
+
+
+def test_the_backbone_of_nested_models_is_the_one_that_has_the_blocks():
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=50,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        )
+    )
+    assert backbone_of(opt) is opt.model.decoder
+    assert num_layers_of(opt) == 2
+    llama = build("llama")
+    assert backbone_of(llama) is llama.model
+    assert backbone_of(get_peft_model(llama, LoraConfig(target_modules="all-linear"))) is llama.model
+
+
+class Pair(nn.Module):
+    """A block that returns its states and something else, as blocks with caches do."""
+
+    def forward(self, states):
+        return states + 1, "cache"
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_hook_on_a_block_of_several_outputs_replaces_the_states_alone(replaces):
+    blocks = nn.ModuleList([Pair()])
+    seen = []
+
+    def double(layer, states):
+        seen.append(layer)
+        return 2 * states if replaces else None
+
+    states = torch.ones(1, 2, 3)
+    with forward_hooks(blocks, [1], double):
+        found = blocks[0](states)
+    assert seen == [1] and found[1] == "cache"
+    assert torch.equal(found[0], (4 if replaces else 2) * states)
+
+
+def test_no_keys_and_values_are_kept(rollouts):
+    model = build("llama")
+    asked = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["use_cache"]), with_kwargs=True
+    )
+    capture_each(model, rollouts.input_ids, rollouts.attention_mask, {2: rollouts.response_mask})
+    assert asked == [False]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_limit_of_a_long_rope_is_read_where_a_family_keeps_it(inside):
+    rope = {"rope_type": "longrope"} | ({"original_max_position_embeddings": 8} if inside else {})
+    config = SimpleNamespace(rope_parameters=rope, original_max_position_embeddings=None if inside else 16)
+    assert long_rope_limit(config) == (8 if inside else 16)
+    config.rope_parameters = rope | {"rope_type": "default"}
+    assert long_rope_limit(config) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_precision_is_raised_and_nothing_is_lowered(dtype):
+    found = at_least_float32(torch.ones(2, dtype=dtype))
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
