@@ -9,15 +9,30 @@ import pytest
 import torch
 from conftest import tiny_qwen3
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from short_runs import short_run
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from oprd_nb.cli import main
 from oprd_nb.evaluation.sampling import evaluate
 from oprd_nb.models.loading import load_model, load_tokenizer
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, response_log_probs
-from oprd_nb.rollouts.vllm import VLLMSampler, fill_heads, largest_rank, plain_weights, with_heads
+from oprd_nb.rollouts.vllm import (
+    VLLMSampler,
+    fill_heads,
+    largest_rank,
+    plain_weights,
+    stored_form,
+    with_heads,
+)
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.export import export_model
@@ -56,6 +71,45 @@ def test_filled_heads_compute_the_same(config, lora):
     ids = torch.randint(40, (2, 12))
     with torch.no_grad():
         assert torch.allclose(wide(ids).logits, narrow(ids).logits, atol=1e-4)
+
+
+def tiny_mixture(family, tied=False):
+    """A random mixture of four experts."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        family(
+            vocab_size=4096,
+            hidden_size=128,
+            intermediate_size=64,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            num_experts=4,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "family", [MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig], ids=lambda c: c.model_type
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_mixture_is_handed_over_as_its_folder_has_it(family, tied, tmp_path):
+    model = tiny_mixture(family, tied)
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    for student in (model, load_model(tmp_path)):
+        sent = stored_form(student, plain_weights(student))
+        if tied:
+            assert torch.equal(sent.pop("lm_head.weight"), sent["model.embed_tokens.weight"])
+        assert set(sent) == set(written)
+        assert all(torch.equal(sent[name], tensor) for name, tensor in written.items())
+    assert any(".experts.3." in name for name in written)
 
 
 def test_what_cannot_be_handed_over_is_refused(same):
@@ -164,6 +218,19 @@ def test_a_tied_head_that_is_not_handed_over_by_name_stays_stale(monkeypatch):
             lambda model: {name: t for name, t in plain_weights(model).items() if name != "lm_head.weight"},
         )
         sampler.sync(student)
+    stale = largest_gap(sampler.sample(prompts, max_new_tokens=8), student)
+    sampler.sync(student)
+    synced = largest_gap(sampler.sample(prompts, max_new_tokens=8), student)
+    assert synced < 1e-3 < stale
+    sampler.close()
+
+
+@needs_vllm
+def test_a_sync_brings_the_experts_of_an_engine_after():
+    student = tiny_mixture(MixtralConfig)
+    prompts = [[1, 2, 3, 4]] * 4
+    sampler = VLLMSampler(student, load_tokenizer("embedded/student"))
+    steps_on(student, prompts)
     stale = largest_gap(sampler.sample(prompts, max_new_tokens=8), student)
     sampler.sync(student)
     synced = largest_gap(sampler.sample(prompts, max_new_tokens=8), student)
