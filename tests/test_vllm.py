@@ -4,6 +4,7 @@ Most of it runs where vLLM is installed (`make test-vllm`).
 """
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from transformers import (
 )
 
 from oprd_nb.cli import main
+from oprd_nb.cli.train import engine_settings
 from oprd_nb.evaluation.sampling import evaluate
 from oprd_nb.models.loading import load_model, load_tokenizer
+from oprd_nb.models.memory import head_dim_of
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.rollouts.samplers import HFSampler, response_log_probs
 from oprd_nb.rollouts.vllm import (
@@ -35,6 +38,7 @@ from oprd_nb.rollouts.vllm import (
 )
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher
+from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.export import export_model
 from oprd_nb.training.trainer import OPRDTrainer
 
@@ -127,6 +131,58 @@ def test_what_cannot_be_handed_over_is_refused(same):
 def test_the_largest_rank_counts_modules_with_ranks_of_their_own():
     assert largest_rank(LoraConfig(r=8, rank_pattern={"q_proj": 4, "down_proj": 32})) == 32
     assert largest_rank(LoraConfig(r=8, rank_pattern={"q_proj": 4})) == 8
+
+
+class EngineThatNotes:
+    """Stands for vLLM: notes what it is asked to do."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.calls = []
+        hf_config = AutoModelForCausalLM.from_pretrained(options["model"]).config
+        self.model_config = SimpleNamespace(hf_config=hf_config)
+        note = self.calls.append
+        self.sleep = lambda level: note(f"sleep {level}")
+        self.wake_up = lambda: note("wake up")
+        self.reset_prefix_cache = lambda: None
+        self.apply_model = lambda function: None
+        self.collective_rpc = lambda name, kwargs: note(name)
+
+    def generate(self, requests, *args, **options):
+        self.calls.append("generate")
+        step = {2: SimpleNamespace(logprob=-1.0)}
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[2], logprobs=[step])]) for _ in requests]
+
+
+def test_an_engine_that_sleeps_is_awake_only_while_it_is_written_to_or_writes(monkeypatch):
+    fake = SimpleNamespace(LLM=EngineThatNotes, SamplingParams=dict)
+    monkeypatch.setattr("oprd_nb.rollouts.vllm.import_vllm", lambda: fake)
+    monkeypatch.setattr("oprd_nb.rollouts.vllm.engine_head_dim", head_dim_of)
+    student = tiny_qwen3()
+    tokenizer = load_tokenizer("embedded/student")
+    with pytest.raises(ValueError, match="sleep=True.*there is none"):
+        VLLMSampler(student, tokenizer, sleep=True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    sampler = VLLMSampler(student, tokenizer, dtype="float32", sleep=True, gpu_memory_utilization=0.3)
+    assert sampler.engine.options["enable_sleep_mode"]
+    assert sampler.engine.options["gpu_memory_utilization"] == 0.3
+    sampler.sync(student)
+    sampler.sample([[1, 2]])
+    sampler.sample([[1, 2]])
+    step = ["wake up", "reload_weights", "generate", "sleep 1"]
+    assert sampler.engine.calls == ["sleep 1", *step, "wake up", "generate", "sleep 1"]
+    without = VLLMSampler(student, tokenizer, dtype="float32")
+    without.sync(student)
+    without.sample([[1, 2]])
+    assert without.engine.calls == ["reload_weights", "generate"]
+
+
+def test_the_command_hands_an_engine_what_trl_s_settings_say_of_the_card(monkeypatch):
+    settings = {"vllm_gpu_memory_utilization": 0.4, "vllm_enable_sleep_mode": True}
+    config = OPRDConfig("unused", bf16=False, use_cpu=True, **settings)
+    assert engine_settings(config) == {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert engine_settings(config) == {"gpu_memory_utilization": 0.4, "sleep": True}
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="for an environment without vLLM")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'PROMPTS_FOR_PAIRS', 'ARGUMENTS', 'format_of', 'bridge_of', 'training_prompts',
-           'validation_problems', 'teacher_of', 'sampler_of', 'accuracy_of', 'layer_pairs_of', 'stage', 'load_pair',
-           'missing_from_report', 'placement_of_run', 'stages_of', 'check_output_dir', 'look_ahead', 'print_short',
-           'check_start', 'check_same_settings', 'train', 'after_interrupt', 'run']
+           'validation_problems', 'teacher_of', 'engine_settings', 'sampler_of', 'accuracy_of', 'layer_pairs_of',
+           'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'stages_of', 'check_output_dir',
+           'look_ahead', 'print_short', 'check_start', 'check_same_settings', 'train', 'after_interrupt', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import os
@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -145,7 +146,18 @@ def teacher_of(args: TrainArguments, pair: ModelPair, of_student: PromptFormat |
     )
 
 # %% ../../nbs/60_cli/04_train.ipynb #847b9255
-def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
+def engine_settings(config: OPRDConfig) -> dict[str, Any]:
+    """What an engine in this process is told of a GPU's memory: TRL's settings for its own."""
+    settings: dict[str, Any] = {}
+    if config.vllm_max_model_length:
+        settings["max_model_len"] = config.vllm_max_model_length
+    if torch.cuda.is_available():
+        settings["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
+        settings["sleep"] = config.vllm_enable_sleep_mode
+    return settings
+
+
+def sampler_of(args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> Sampler | None:
     """What samples the rollouts: stored ones, an engine in this process, or (None) TRL.
 
     ValueError for a sampler together with stored rollouts.
@@ -158,7 +170,7 @@ def sampler_of(args: TrainArguments, pair: ModelPair) -> Sampler | None:
         return None
     # An engine has no 4-bit copy of a student in memory: it loads the full weights from their folder.
     weights = args.student if args.quantize else pair.student
-    return VLLMSampler(weights, pair.tokenizer, lora_rank=args.lora)
+    return VLLMSampler(weights, pair.tokenizer, lora_rank=args.lora, **engine_settings(config))
 
 # %% ../../nbs/60_cli/04_train.ipynb #99d77f69
 def accuracy_of(result: Evaluation) -> float:
@@ -380,7 +392,7 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     texts = asked(args, pair.task.train[0], pair.tokenizer, pair.teacher_tokenizer, of_student)
     print(*asked_lines(texts), effective_line(config), sep="\n")
     trainable = [parameter for parameter in pair.student.parameters() if parameter.requires_grad]
-    sampler = sampler_of(args, pair)
+    sampler = sampler_of(args, config, pair)
     teacher = teacher_of(args, pair, of_student)
     warnings.filterwarnings("ignore", category=StartWarning)  # it is printed as one line
     if args.check:

@@ -176,14 +176,21 @@ def largest_rank(adapters: LoraConfig) -> int:
     return max([adapters.r, *(adapters.rank_pattern or {}).values()])
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #681d0a52
-def engine_options(lora_rank: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `vllm.LLM`: our defaults, adapters of up to `lora_rank` (0: none), then `options`."""
+def engine_options(lora_rank: int, options: dict[str, Any], sleep: bool = False) -> dict[str, Any]:
+    """Options of `vllm.LLM`: our defaults, adapters of up to `lora_rank` (0: none), then `options`.
+
+    ValueError for an engine that is to sleep on a CPU.
+    """
     defaults: dict[str, Any] = {
         "enforce_eager": not torch.cuda.is_available(),
         "generation_config": "vllm",
         "disable_log_stats": True,
         "logprobs_mode": "raw_logprobs",
     }
+    if sleep:
+        if not torch.cuda.is_available():
+            raise ValueError("sleep=True: an engine sleeps to free a GPU, and there is none; leave it away")
+        defaults["enable_sleep_mode"] = True
     if lora_rank:
         # The engine takes ranks of 8, 16, 32, ... only.
         rank = max(8, 2 ** math.ceil(math.log2(lora_rank)))
@@ -209,6 +216,7 @@ class VLLMEngine:
         lora_rank: int,
         dtype: str,
         options: dict[str, Any],
+        sleep: bool = False,
     ):
         self.tokenizer = tokenizer
         self.prompt_format: PromptFormat | None = None
@@ -221,7 +229,23 @@ class VLLMEngine:
         else:
             folder = source
             self.eos_token_ids = end_tokens(stored_generation_config(source), tokenizer)
-        self.engine = import_vllm().LLM(model=folder, dtype=dtype, **engine_options(lora_rank, options))
+        settings = engine_options(lora_rank, options, sleep)
+        self.engine = import_vllm().LLM(model=folder, dtype=dtype, **settings)
+        self._sleeps = sleep
+        self._asleep = False
+        self._rest()
+
+    def _rest(self) -> None:
+        """Give up the cache, and keep the weights in the machine's memory, where the engine is to sleep."""
+        if self._sleeps and not self._asleep:
+            self.engine.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        """Have weights and cache on the device."""
+        if self._asleep:
+            self.engine.wake_up()
+            self._asleep = False
 
     def _write(self, model: PreTrainedModel) -> str:
         """The model as a folder that the engine can read: no adapters, heads filled up where needed."""
@@ -296,6 +320,7 @@ class VLLMWeights(VLLMAdapters):
 
         ValueError for a student that is not the engine's model, or adapters of a rank that it cannot take.
         """
+        self._wake()
         config = cast(PreTrainedModel, student).config
         check_same_model(config, self.engine.model_config.hf_config)
         if isinstance(student, PeftModel):
@@ -356,6 +381,7 @@ class VLLMWriter(VLLMWeights):
         )
         prompt_ids, chat = repeat_prompts(self.tokenizer, prompts, n, self.prompt_format)
         options = engine_sampling(settings, self.eos_token_ids)
+        self._wake()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             requests = self.engine.generate(
@@ -364,6 +390,7 @@ class VLLMWriter(VLLMWeights):
                 use_tqdm=False,
                 lora_request=self._adapter,
             )
+        self._rest()
         outputs = [request.outputs[0] for request in requests]
         responses = [list(output.token_ids) for output in outputs]
         log_probs = [
@@ -381,6 +408,7 @@ class VLLMSampler(VLLMWriter):
     `tokenizer`: by default the folder's; needed for a model in memory.
     `lora_rank`: the largest rank of a student's adapters that come later.
     `dtype`: by default float32 on a CPU, where nothing is gained by less, and the stored one on a GPU.
+    `sleep`: on a GPU, keep its memory only while it is written to or writes.
     `options` go to `vllm.LLM` (`max_model_len`, `gpu_memory_utilization`, `enforce_eager`, ...).
     """
 
@@ -391,6 +419,7 @@ class VLLMSampler(VLLMWriter):
         lora_rank: int = 0,
         dtype: str | None = None,
         prompt_format: PromptFormat | None = None,
+        sleep: bool = False,
         **options,
     ):
         if tokenizer is None:
@@ -406,7 +435,7 @@ class VLLMSampler(VLLMWriter):
             lora_rank = max(
                 lora_rank, *(largest_rank(cast(LoraConfig, config)) for config in source.peft_config.values())
             )
-        super().__init__(source, tokenizer, lora_rank, dtype, options)
+        super().__init__(source, tokenizer, lora_rank, dtype, options, sleep)
         self.prompt_format = prompt_format
         if isinstance(source, PeftModel):
             self.sync(source)
