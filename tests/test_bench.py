@@ -19,6 +19,7 @@ from oprd_nb.bench.measure import (
 )
 from oprd_nb.bench.methods import BACKBONES, PAPER, SMOLLM2, TINY, make_model, make_rollouts, methods_for
 from oprd_nb.bench.results import cost_figure, growth_figure, load_bench, save_bench
+from oprd_nb.bench.trainers import TINY_TRAINING, bench_trainers, trainers_summary
 from oprd_nb.cli.bench import BenchArguments, measure, run_bench, shape_of
 
 
@@ -195,3 +196,29 @@ def test_wrong_requests_are_refused(wrong, message):
 def test_a_missing_gpu_is_named():
     with pytest.raises(ValueError, match="device='cuda': is not on this machine"):
         BenchArguments("step", device="cuda")
+
+
+def test_multiples_of_trl_are_medians_of_ratios_in_one_round():
+    """TRL's second round is slow; the ratio of that round counts once, as 1, and not the ratio of medians."""
+    records = [
+        ("trl", 0, 1.0, 1.0, 3.0),
+        ("oprd", 0, 1.0, 0.5, 1.5),
+        ("trl", 1, 1.0, 5.0, 5.0),
+        ("oprd", 1, 1.0, 5.0, 5.0),
+        ("trl", 2, 1.0, 2.0, 2.0),
+        ("oprd", 2, 1.0, 1.0, 1.0),
+    ]
+    rounds = pd.DataFrame(records, columns=["method", "round", "rollout", "teacher", "update"])
+    rounds["step"] = rounds[["rollout", "teacher", "update"]].sum(axis=1)
+    table = trainers_summary(rounds)
+    assert table["learning / TRL's"].tolist() == [1.0, 0.5]
+    assert table["step / TRL's"].tolist() == [1.0, 0.6]
+    assert table["teacher"].tolist() == [2.0, 1.0]
+    assert "learning / TRL's" not in trainers_summary(rounds[rounds["method"] == "oprd"])
+
+
+def test_trainers_that_do_not_exist_and_too_many_rounds_are_refused():
+    with pytest.raises(ValueError, match="methods='grpo'"):
+        bench_trainers(TINY_TRAINING, ["grpo"])
+    with pytest.raises(ValueError, match="rounds=0"):
+        bench_trainers(TINY_TRAINING, rounds=0)

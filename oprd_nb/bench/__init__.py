@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "target_bytes",
         ],
         "gpu": ["gradient_parity", "load_gpu_check", "outcomes", "stored_gpu_checks", "train_random"],
+        "trainers": ["TINY_TRAINING", "TRAINERS", "TrainingShape", "bench_trainers", "trainers_summary"],
         "results": ["cost_figure", "growth_figure", "load_bench", "save_bench"],
     },
 )
@@ -64,4 +65,11 @@ if TYPE_CHECKING:
         growth_figure as growth_figure,
         load_bench as load_bench,
         save_bench as save_bench,
+    )
+    from .trainers import (
+        TINY_TRAINING as TINY_TRAINING,
+        TRAINERS as TRAINERS,
+        TrainingShape as TrainingShape,
+        bench_trainers as bench_trainers,
+        trainers_summary as trainers_summary,
     )

@@ -9,12 +9,13 @@ __all__ = ['ONE_THREAD', 'AXES', 'environment', 'workers', 'run_step', 'step_alo
 
 # %% ../../nbs/50_bench/02_measure.ipynb #00000003
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pandas as pd
 import torch
@@ -67,9 +68,12 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
 # %% ../../nbs/50_bench/02_measure.ipynb #b2000003
 @contextmanager
 def workers(
-    shape: Shape, methods: Sequence[str], settings: dict[str, str]
+    shape: Any,
+    methods: Sequence[str],
+    settings: dict[str, str],
+    serve: Callable[[Connection, Any, str], None] = serve_steps,
 ) -> Iterator[dict[str, Connection]]:
-    """A connection to a fresh process per method (`serve_steps`), warmed up; they end with the block."""
+    """A connection to a fresh process per method, in which `serve` is ready; they end with the block."""
     context = get_context("spawn")
     connections = {}
     processes = []
@@ -77,7 +81,7 @@ def workers(
         with environment(settings):
             for method in methods:
                 connections[method], for_worker = context.Pipe()
-                process = context.Process(target=serve_steps, args=(for_worker, shape, method), daemon=True)
+                process = context.Process(target=serve, args=(for_worker, shape, method), daemon=True)
                 process.start()
                 processes.append(process)
                 # The worker holds the only other end: if it dies, `recv` raises instead of waiting for ever.
@@ -86,7 +90,11 @@ def workers(
             connection.recv()
         yield connections
     finally:
+        for connection in connections.values():
+            with suppress(OSError):  # it has ended
+                connection.send(False)
         for process in processes:
+            process.join(timeout=5)
             process.terminate()
             process.join()
 

@@ -12,21 +12,22 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
 from .measure import AXES, beyond_backbones
-from .methods import BACKBONES, LABELS, OURS, Shape
+from .methods import BACKBONES, LABELS, OURS
 from ..plots.theme import base_figure, format_bytes
 from ..runs import method_style
 from ..training.experiment import versions
 from ..utils import OKABE_ITO, write_whole
 
 # %% ../../nbs/50_bench/03_results.ipynb #b3000002
-def stamp(shape: Shape) -> dict:
-    """Where and with what something was measured: machine, shape, versions, time."""
+def stamp(shape: Any) -> dict:
+    """Where and with what something was measured: machine, versions, time, and a shape that has a device."""
     if shape.device.startswith("cuda"):
         machine = torch.cuda.get_device_name()
     else:
@@ -39,7 +40,7 @@ def stamp(shape: Shape) -> dict:
     }
 
 # %% ../../nbs/50_bench/03_results.ipynb #6300001
-def save_bench(path: str | Path, shape: Shape, **tables: pd.DataFrame) -> Path:
+def save_bench(path: str | Path, shape: Any, **tables: pd.DataFrame) -> Path:
     """Write tables (name -> DataFrame) and their `stamp` as JSON; returns the path."""
     records = {name: table.to_dict("records") for name, table in tables.items()}
     return write_whole(path, json.dumps(stamp(shape) | records, indent=1))

@@ -20,7 +20,9 @@ from oprd_nb.bench import (
     PAPER,
     SMOLLM2,
     TINY,
+    TINY_TRAINING,
     Shape,
+    TrainingShape,
     bench_bridge,
     bench_growth,
     bench_loss_path,
@@ -28,16 +30,18 @@ from oprd_nb.bench import (
     bench_peaks,
     bench_ragged,
     bench_sampler,
+    bench_trainers,
     beyond_backbones,
     methods_for,
     save_bench,
     summary,
+    trainers_summary,
 )
 from ..models.loading import chosen_device
 from ..runs.settings import check_choice
 
 # %% ../../nbs/60_cli/09_bench.ipynb #21b5c7b0
-KINDS = ("loss-path", "peaks", "bridge", "sampler", "ragged", "growth", "step")
+KINDS = ("loss-path", "peaks", "bridge", "sampler", "ragged", "growth", "step", "trainers")
 # Values of `oprd bench growth --axis`, and what else of the shape they need.
 GROWTH = {
     "response": ((448, 960, 1984, 4032), {}),
@@ -58,7 +62,7 @@ class BenchArguments:
         help="What writes in the sampler's bench: a model folder, hub id or short form.",
     )
     methods: str = HfArg(
-        default="", help="Methods of loss-path, peaks and step, separated by commas; by default all."
+        default="", help="Methods of loss-path, peaks, step and trainers, with commas; by default all."
     )
     axis: str = HfArg(
         default="response", help="Along what growth is measured.", metadata={"choices": tuple(AXES)}
@@ -84,8 +88,10 @@ class BenchArguments:
         return Path(self.out) / f"{self.what}.json"
 
 # %% ../../nbs/60_cli/09_bench.ipynb #5d7e93a2
-def shape_of(args: BenchArguments) -> Shape:
+def shape_of(args: BenchArguments) -> Shape | TrainingShape:
     """The shape that a request means."""
+    if args.what == "trainers":
+        return replace(TINY_TRAINING if args.tiny else TrainingShape(), device=args.device)
     if args.tiny:
         shape = TINY
     elif args.what == "step" and args.device.startswith("cuda"):
@@ -133,6 +139,9 @@ def measure(args: BenchArguments) -> dict[str, pd.DataFrame]:
         return {"targets": bench_bridge(shape)}
     if args.what == "sampler":
         return {"rounds": bench_sampler(args.model, rounds=args.rounds)}
+    if args.what == "trainers":
+        taken = bench_trainers(shape, methods, args.rounds)
+        return {"rounds": taken, "summary": trainers_summary(taken).reset_index()}
     return {"rounds": bench_ragged(replace(shape, dtype="float32"), rounds=args.rounds)}
 
 # %% ../../nbs/60_cli/09_bench.ipynb #63a180b2
