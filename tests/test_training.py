@@ -634,3 +634,22 @@ def test_prompts_longer_than_the_context_are_counted_and_left_out(same, tmp_path
     same.task.train = Dataset.from_list([rows[3]] * 64)
     with pytest.raises(ValueError, match="0 prompts, but one step takes"):
         train(tmp_path / "none", same, Representation(), per_device_train_batch_size=8)
+
+
+def test_one_of_several_gpus_is_used_and_the_command_for_all_is_named(same, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.warns(
+        UserWarning, match="2 GPUs are visible.*accelerate launch --num_processes 2 -m oprd_nb"
+    ):
+        args = short_run(tmp_path, max_steps=1, use_cpu=False)
+    assert args.n_gpu == 1
+    trainer = OPRDTrainer(
+        model=same.student,
+        teacher=Teacher(same.teacher, same.teacher_tokenizer),
+        objective=Representation(),
+        args=args,
+        train_dataset=same.task.train,
+        processing_class=same.tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
