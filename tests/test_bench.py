@@ -19,7 +19,8 @@ from oprd_nb.bench.measure import (
 )
 from oprd_nb.bench.methods import BACKBONES, PAPER, SMOLLM2, TINY, make_model, make_rollouts, methods_for
 from oprd_nb.bench.results import cost_figure, growth_figure, load_bench, save_bench
-from oprd_nb.bench.trainers import TINY_TRAINING, bench_trainers, trainers_summary
+from oprd_nb.bench.trainers import TINY_TRAINING
+from oprd_nb.bench.whole_steps import bench_trainers, trainers_summary
 from oprd_nb.cli.bench import BenchArguments, measure, run_bench, shape_of
 
 

@@ -24,7 +24,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "target_bytes",
         ],
         "gpu": ["gradient_parity", "load_gpu_check", "outcomes", "stored_gpu_checks", "train_random"],
-        "trainers": ["TINY_TRAINING", "TRAINERS", "TrainingShape", "bench_trainers", "trainers_summary"],
+        "trainers": ["SMOLLM2_TRAINING", "TINY_TRAINING", "TRAINERS", "TrainingShape"],
+        "whole_steps": ["bench_trainers", "trainers_summary"],
         "results": ["cost_figure", "growth_figure", "load_bench", "save_bench"],
     },
 )
@@ -67,9 +68,12 @@ if TYPE_CHECKING:
         save_bench as save_bench,
     )
     from .trainers import (
+        SMOLLM2_TRAINING as SMOLLM2_TRAINING,
         TINY_TRAINING as TINY_TRAINING,
         TRAINERS as TRAINERS,
         TrainingShape as TrainingShape,
+    )
+    from .whole_steps import (
         bench_trainers as bench_trainers,
         trainers_summary as trainers_summary,
     )

@@ -19,6 +19,7 @@ from oprd_nb.bench import (
     BACKBONES,
     PAPER,
     SMOLLM2,
+    SMOLLM2_TRAINING,
     TINY,
     TINY_TRAINING,
     Shape,
@@ -91,7 +92,7 @@ class BenchArguments:
 def shape_of(args: BenchArguments) -> Shape | TrainingShape:
     """The shape that a request means."""
     if args.what == "trainers":
-        return replace(TINY_TRAINING if args.tiny else TrainingShape(), device=args.device)
+        return replace(TINY_TRAINING if args.tiny else SMOLLM2_TRAINING, device=args.device)
     if args.tiny:
         shape = TINY
     elif args.what == "step" and args.device.startswith("cuda"):
