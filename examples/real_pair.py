@@ -31,19 +31,23 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 from oprd_nb.cli.arguments import quiet  # noqa: E402
 from oprd_nb.cli.train import accuracy_of  # noqa: E402
 from oprd_nb.core import set_seed  # noqa: E402
+from oprd_nb.evaluation.sampling import evaluate  # noqa: E402
 from oprd_nb.models.loading import load_model, load_tokenizer  # noqa: E402
 from oprd_nb.models.pairs import ModelPair  # noqa: E402
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL  # noqa: E402
 from oprd_nb.objectives.representation import Representation  # noqa: E402
 from oprd_nb.objectives.terms import Objective, as_objective  # noqa: E402
+from oprd_nb.rollouts.samplers import HFSampler  # noqa: E402
 from oprd_nb.tasks.problems import Task  # noqa: E402
 from oprd_nb.tasks.words import word_problems  # noqa: E402
 from oprd_nb.training.config import OPRDConfig  # noqa: E402
 from oprd_nb.training.experiment import distil  # noqa: E402
 
-STUDENT_STEPS = 30
+STUDENT_STEPS = 20
 TEACHER_STEPS = 180
-RATES = [1e-4, 3e-4, 1e-3, 2e-3]
+RATES = [3e-4, 1e-3, 2e-3, 1e-4]
+MEASURED = {"validation": 128, "test": 256}
+MAX_NEW_TOKENS = 48
 OBJECTIVES = {
     "oprd": lambda: Representation(positions="all"),
     "oprd-last": lambda: Representation("last", "all", predicting=True),
@@ -105,19 +109,36 @@ def make_pair(out: Path, student_steps: int, teacher_steps: int, batch: int = 16
     trainer.train()
 
 
+def measured_problems(split: str) -> Dataset:
+    """The problems on which models are measured; no training sees their numbers."""
+    return getattr(word_problems(**MEASURED), split)
+
+
+def measure_pair(out: Path) -> None:
+    """The accuracies of student and teacher on the test problems, into `out`/pair.csv, once."""
+    path = out / "pair.csv"
+    if path.exists():
+        return
+    rows = []
+    for role in ("student", "teacher"):
+        sampler = HFSampler(load_model(out / role), load_tokenizer(out / role))
+        result = evaluate(sampler, measured_problems("test"), n=1, max_new_tokens=MAX_NEW_TOKENS)
+        rows.append({"role": role} | result.summary.iloc[0].to_dict())
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.4g")
+
+
 def run(
     out: Path, method: str, learning_rate: float, seed: int, split: str, steps: int, batch: int, full: bool
 ) -> dict:
-    """Distil once, and measure the student before and after on 256 problems of `split`."""
+    """Distil once, and measure the student before and after on problems of `split` (`MEASURED`)."""
     set_seed(seed)
     lora = None if full else LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
     student = load_model(out / "student", lora, train=True)
     tokenizer = load_tokenizer(out / "student")
     teacher = load_model(out / "teacher")
-    problems = word_problems(train=steps * batch, test=256, validation=256, seed=seed)
     # The problems that are measured are the same for every seed and method; those trained on are not.
-    measured = getattr(word_problems(test=256, validation=256), split)
-    task = Task("words", problems.train, measured, max_new_tokens=48)
+    problems = word_problems(train=steps * batch, seed=seed)
+    task = Task("words", problems.train, measured_problems(split), max_new_tokens=MAX_NEW_TOKENS)
     name = "-".join(
         [method, f"{learning_rate:.0e}", f"seed{seed}", split] + (["full-weights"] if full else [])
     )
@@ -129,7 +150,7 @@ def run(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         num_generations=1,
-        max_completion_length=48,
+        max_completion_length=MAX_NEW_TOKENS,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         adam_beta2=0.98,
@@ -149,14 +170,14 @@ def run(
         config,
         {"method": method},
         {"command": command},
-        held_out=256,
+        held_out=MEASURED[split],
         samples=1,
-        measure_teacher=True,
     )
     log = pd.read_json(out / "runs" / name / "metrics.jsonl", lines=True)
     row = dict(method=method, learning_rate=learning_rate, seed=seed, split=split, full=full, steps=steps)
     row |= dict(before=accuracy_of(results["before"]), accuracy=accuracy_of(results["after"]))
-    row |= dict(responses=steps * batch, seconds=float(log["seconds"].max()))
+    row |= dict(responses=steps * batch, tokens=int(log["num_tokens"].max()))
+    row |= dict(seconds=float(log["seconds"].max()))
     print(row, flush=True)
     return row
 
@@ -180,6 +201,7 @@ def run_once(args: argparse.Namespace, method: str, learning_rate: float, seed: 
 
 def sweep(args: argparse.Namespace) -> None:
     """Every rate of every method with seed 0 on the validation split, then the best with the other seeds."""
+    measure_pair(args.out)
     for method in args.methods:
         for rate in RATES:
             run_once(args, method, rate, 0, "validation")
