@@ -10,7 +10,7 @@ import pytest
 
 from oprd_nb.cli.demo import embedded_config
 from oprd_nb.objectives import Representation
-from oprd_nb.plots.answers import answered, answers_html, chosen_problems
+from oprd_nb.plots.answers import anchor, answered, answers_html, chosen_problems
 from oprd_nb.plots.page import clipped
 from oprd_nb.plots.report import EMBEDDED, SYNTHETIC, headline, lead, measured_html, report_html, write_report
 from oprd_nb.runs import (
@@ -48,7 +48,7 @@ def test_one_file_without_a_reference_to_elsewhere(runs, tmp_path):
     page = path.read_text("utf-8")
     assert path.stat().st_size <= 6_000_000
     assert "default-src 'none'" in page
-    assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)|https?://|url\(", outside_scripts(page))
+    assert not re.search(r"(src|href)\s*=\s*['\"](?!data:|#)|https?://|url\(", outside_scripts(page))
     assert SYNTHETIC in page
     assert EMBEDDED in page
     assert page.count("<article data-spaced") == 10
@@ -150,6 +150,14 @@ def test_a_filter_finds_what_was_gained_and_what_was_lost(runs):
     assert len(chosen_problems(together, count=10, of_each=0)) == 10
 
 
+def test_each_problem_has_an_anchor_of_its_own(runs):
+    html = answers_html(runs)
+    names = re.findall(r"<article[^>]* id='(problem-\d+)'", html)
+    assert len(set(names)) == html.count("<article")
+    assert re.findall(r"href='#(problem-\d+)'", html) == names
+    assert anchor(("AIME 2024", 7)) == "problem-AIME-2024-7"
+
+
 def test_runs_on_other_problems_are_named_and_not_mixed(runs, tmp_path):
     other = synthetic_run(tmp_path / "other", "readout", steps=5, problems=60)
     path = RunPaths(other).eval("after")
@@ -214,6 +222,34 @@ def test_long_answers_keep_their_ends():
     assert len(text) < 1600
 
 
+def try_its_problems(page) -> None:
+    """A search leaves the problems with its words, keys go from one to the next, an address opens one."""
+    address = page.url
+    chosen = page.locator("article:target")
+    cards = page.locator("article:visible")
+    words = page.locator("article .problem b").nth(3).inner_text()
+    page.fill("#search", words.upper())
+    assert words in cards.first.inner_text()
+    assert 0 < cards.count() < 10
+    page.fill("#search", "no problem says this")
+    assert cards.count() == 0
+    assert page.locator("#count").inner_text().startswith("0 problems")
+    page.fill("#search", "")
+    assert cards.count() == 10
+
+    names = [card.get_attribute("id") for card in cards.all()]
+    page.locator("#count").click()
+    for key, place in (("Right", 0), ("Right", 1), ("Left", 0), ("Left", -1)):
+        page.keyboard.press(f"Arrow{key}")
+        page.wait_for_function(f"location.hash === '#{names[place]}'")
+        assert chosen.is_visible()
+    hidden = page.locator("article:not(:visible)").first.get_attribute("id")
+    page.goto(f"{address}#{hidden}")
+    page.wait_for_function("document.querySelector('article:target')?.hidden === false")
+    page.goto(f"{address}#problem-9999")
+    page.wait_for_function("document.getElementById('count').textContent.includes('problem-9999 is not')")
+
+
 def try_its_controls(page, narrow: bool) -> None:
     """A legend hides and shows a line, a menu chooses problems, numbers are saved, tables say they scroll."""
     lines = "document.querySelectorAll('#accuracy .scatterlayer .trace').length"
@@ -261,6 +297,8 @@ def test_a_browser_draws_it_without_a_request_or_an_error(runs, tmp_path):
             )
             assert page.evaluate("window.hacked") is None
             try_its_controls(page, narrow=width < 1000)
+            page.select_option("#change", "spaced")
+            try_its_problems(page)
         browser.close()
     assert complaints == []
     assert {url for url in requests if not url.startswith("blob:")} == {page_file.as_uri()}

@@ -54,7 +54,10 @@ table:not(.methods) td {{ white-space: normal; overflow-wrap: anywhere; max-widt
 .methods :is(th, td):last-child {{ padding-right: 0; }}
 .chip {{ display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px;
   box-shadow: 0 0 0 1px var(--line); }}
-button, select {{ font: inherit; font-size: 13px; color: var(--ink); background: var(--page);
+article {{ scroll-margin-top: 12px; }}
+article:target > .problem {{ border-left: 3px solid {OKABE_ITO["blue"]}; padding-left: 10px; }}
+.problem a {{ color: var(--soft); text-decoration: none; }}
+button, select, input {{ font: inherit; font-size: 13px; color: var(--ink); background: var(--page);
   border: 1px solid var(--line); border-radius: 4px; padding: 2px 9px; cursor: pointer; }}
 button:hover {{ border-color: var(--soft); }}
 .tools {{ display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 6px 0; font-size: 13px;
