@@ -425,6 +425,34 @@ def test_the_browser_follows_its_controls(tmp_path):
         browser.show(999)
 
 
+def test_a_search_lists_what_has_the_words(tmp_path):
+    folder = run_with_tokens(tmp_path / "run")
+    browser = RolloutBrowser(folder)
+    problem, sample = browser.listed[3]
+    prompt = str(browser.answers.samples["before"].loc[(problem, sample), "prompt"])
+    browser.search.value = f" {prompt.upper()} "
+    assert (problem, sample) in browser.listed
+    assert browser.count.value == f"of {len(browser.listed)}"
+    assert f"Problem {browser.listed[0][0]}<" in browser.page.value
+    browser.search.value = "no response says this"
+    assert browser.listed == []
+    assert "no such responses" in browser.page.value
+    browser.search.value = ""
+    assert len(browser.listed) == 8
+
+
+def test_a_browser_opens_at_a_problem_and_arrow_keys_go_on(tmp_path):
+    folder = run_with_tokens(tmp_path / "run")
+    problems = [problem for problem, _ in RolloutBrowser(folder).listed]
+    browser = RolloutBrowser(folder, problem=problems[4])
+    assert f"Problem {problems[4]}<" in browser.page.value
+    for by, place in ((1, 5), (-1, 4), (-1, 3)):
+        browser.arrow_keys._handle_custom_msg({"kind": "step", "by": by}, [])
+        assert f"Problem {problems[place]}<" in browser.page.value
+    with pytest.raises(ValueError, match="problem=999"):
+        RolloutBrowser(folder, problem=999)
+
+
 def test_an_empty_kind_is_said(tmp_path):
     folder = run_with_tokens(tmp_path / "run")
     for name in ("before", "after"):
@@ -515,6 +543,13 @@ def test_in_a_browser_it_switches_scores_and_problems(tmp_path):
 
         first.get_by_role("button", name="next").click()
         expect(first.get_by_text("Problem 0", exact=False)).to_have_count(0, timeout=150_000)
+
+        first.locator("pre").first.click()
+        page.keyboard.press("ArrowLeft")
+        expect(first.get_by_text("Problem 0", exact=False)).to_be_visible(timeout=150_000)
+        first.get_by_placeholder("search").fill("no response says this")
+        expect(first.get_by_text("no such responses")).to_be_visible(timeout=150_000)
+        first.get_by_placeholder("search").fill("")
 
         markup = page.locator(".jp-OutputArea").nth(1).get_by_text("onerror", exact=False).first
         expect(markup).to_be_visible(timeout=150_000)
