@@ -130,7 +130,7 @@ def bold_answer(text: str) -> str | None:
 def extract_answer(response: str, unfinished: bool = False, bold: bool = False) -> str | None:
     r"""The answer that a response gives in its last `\boxed{...}`; neighbouring boxes make a list.
 
-    None where there is none, or the last box is empty or not closed. What stands in thinking does not count.
+    None where there is none, or the last box is empty or not closed. What is inside thinking does not count.
     `unfinished`: thinking that was cut off does. `bold`: without a box, the last bold text does.
     """
     if not isinstance(response, str):

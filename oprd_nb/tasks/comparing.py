@@ -42,7 +42,7 @@ def all_of(verdicts: Iterator[Verdict]) -> Verdict:
 
 # %% ../../nbs/03_tasks/05_comparing.ipynb #ada6545a
 def top_level(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators (a pattern) that stand in no bracket."""
+    """The parts of a text between separators (a pattern) that are outside of all brackets."""
     parts = [""]
     depth = 0
     for token in re.finditer(rf"({separator})|\\[A-Za-z]+|\\.|.", text, re.DOTALL):

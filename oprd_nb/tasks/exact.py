@@ -226,7 +226,7 @@ def read_atom(cursor: Cursor) -> Exact:
 
 # %% ../../nbs/03_tasks/04_exact.ipynb #5127e34b
 def read_bracket(cursor: Cursor, closing: str) -> Exact:
-    """What stands in a bracket that was opened."""
+    """What is in a bracket that was opened."""
     cursor.depth += 1
     if cursor.depth > _MOST_NESTED:
         raise NotExact

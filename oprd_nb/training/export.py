@@ -77,7 +77,7 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 # %% ../../nbs/23_training/09_export.ipynb #ff73cfcf
 def run_of(source: object) -> Path | None:
-    """The run folder that a source is, or lies in; None where it belongs to none."""
+    """The run folder that a source is, or is in; None where it belongs to none."""
     if isinstance(source, str | Path):
         for folder in (Path(source), Path(source).parent):
             if RunPaths(folder).config.is_file() and "method" in read_settings(folder)[0]:
