@@ -18,7 +18,14 @@ from scipy import stats
 from oprd_nb.core import Rollouts
 from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, paired_difference, paired_table
 from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, maj_at_k
-from oprd_nb.evaluation.sampling import Evaluation, evaluate, stored_rollouts, weights_mark
+from oprd_nb.evaluation.sampling import (
+    Evaluation,
+    evaluate,
+    read_samples,
+    stored_rollouts,
+    weights_mark,
+    write_samples,
+)
 from oprd_nb.rollouts.samplers import HFSampler, logprob_gap
 from oprd_nb.rollouts.settings import SamplingSettings
 from oprd_nb.tasks.problems import Task, arithmetic
@@ -765,3 +772,9 @@ def test_two_problems_are_enough_for_a_difference():
     assert two.mean == 0.75 and two.low <= 0.75 <= two.high and two.p == 0.5  # of 4 signs, 2 are as far off
     one = paired_difference(np.array([1.0, np.nan]), np.array([0.0, 0.0]))
     assert math.isnan(one.mean) and math.isnan(one.p)
+
+
+def test_stored_samples_are_numbered_anew(tmp_path):
+    table = pd.DataFrame({"problem": [0, 1], "sample": [0, 0], "correct": [True, False]}, index=[7, 3])
+    found, _ = read_samples(write_samples(table, {}, tmp_path / "samples.parquet"))
+    assert found.index.tolist() == [0, 1] and list(found.columns) == list(table.columns)

@@ -83,6 +83,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "resamples: int = 1000,",
         "(1001)",
     ): "one more resample changes an interval by less than its own error",
+    (
+        "evaluation/sampling.py",
+        "numbers = parameter.detach().flatten()[:8].float().cpu().numpy()",
+        "(9)",
+    ): "one more number per parameter marks the same weights as well",
     ("structure/ranks.py", "batch=100,", "(101)"): "the size of a batch changes no result",
     ("structure/moments.py", "seed: int = 0,", "(1)"): "another seed by default is as good",
     (
