@@ -23,6 +23,7 @@ from ..bridge.base import BridgeMetadata, ModelSpec
 from ..bridge.pca import Bridge
 from ..capture import backbone_of
 from ..core import Positions, Rollouts
+from ..models.memory import checkpoint_activations
 from ..objectives.objective import loss_on_pairs
 from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from ..objectives.representation import Representation
@@ -289,7 +290,7 @@ def prepared(shape: Shape) -> tuple[nn.Module, nn.Module]:
     student = make_model(shape, 0).train()
     teacher = make_model(shape, 1).eval().requires_grad_(False)
     if shape.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(student)
     return student, teacher
 
 # %% ../../nbs/50_bench/01_methods.ipynb #47e7980a

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MANY', 'LIMITS', 'PairArguments', 'name_positionals', 'in_words', 'CommandParser', 'explanation',
            'help_line', 'help_lines', 'groups_of', 'short_help', 'check_limits', 'join_negatives', 'parse',
-           'check_placement', 'quiet']
+           'check_placement', 'one_line', 'quiet']
 
 # %% ../../nbs/60_cli/01_arguments.ipynb #de59a9cd
 import math
@@ -284,9 +284,15 @@ def check_placement(dtype: str, device: str, name: str = "device") -> None:
         raise ValueError(str(error).replace("device=", f"{name}=", 1)) from None
 
 # %% ../../nbs/60_cli/01_arguments.ipynb #0ba28b93
+def one_line(message: Warning | str, *where: object) -> str:
+    """A warning as one line for a user, without the place in the code."""
+    return f"warning: {message}\n"
+
+# %% ../../nbs/60_cli/01_arguments.ipynb #10519600
 def quiet() -> None:
-    """Silence announcements, notices and loading bars of other libraries, in this process."""
+    """Silence announcements, notices and loading bars of other libraries; a warning of ours is one line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = one_line
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

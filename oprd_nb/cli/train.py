@@ -156,7 +156,7 @@ def engine_settings(config: OPRDConfig) -> dict[str, Any]:
         settings["sleep"] = config.vllm_enable_sleep_mode
     return settings
 
-
+# %% ../../nbs/60_cli/04_train.ipynb #e273bc1c
 def sampler_of(args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> Sampler | None:
     """What samples the rollouts: stored ones, an engine in this process, or (None) TRL.
 

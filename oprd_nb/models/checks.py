@@ -32,7 +32,7 @@ _HARMLESS = (
 )
 """Parts of the names of weights that a language model may leave unused."""
 
-
+# %% ../../nbs/05_models/00_checks.ipynb #1074fc3d
 def some_of(names: Iterable[str]) -> str:
     """The first names of a list, and how many more there are."""
     names = sorted(names)
@@ -144,7 +144,7 @@ def future_error(model: nn.Module) -> float:
         changed = capture(model, other, mask, before, [FINAL])[FINAL].float()
     return float((changed - states).abs().max() / states.abs().max().clamp(min=1e-6))
 
-
+# %% ../../nbs/05_models/00_checks.ipynb #162d7d13
 def check_causal(model: nn.Module, where: str) -> None:
     """ValueError for a model whose hidden states depend on later tokens."""
     error = future_error(model)
@@ -168,7 +168,7 @@ def padding_error(model: nn.Module) -> float:
         behind = capture(model, padded, mask, mask, [FINAL])[FINAL].float()
     return float((behind - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
 
-
+# %% ../../nbs/05_models/00_checks.ipynb #f8bf110b
 _LEAVE_PADDING_OUT = WeakSet[nn.Module]()
 
 

@@ -38,7 +38,7 @@ def num_elements(parameter: nn.Parameter) -> int:
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else math.prod(packed.shape)
 
-
+# %% ../../nbs/05_models/04_placement.ipynb #8ad64fbf
 def unquantised_parts(model: nn.Module) -> dict[str, int]:
     """Parameters that are not quantised, by the part of the model, adapters left out; and how many are."""
     ends = (
@@ -59,7 +59,7 @@ def unquantised_parts(model: nn.Module) -> dict[str, int]:
         counts[part] += num_elements(parameter)
     return counts
 
-
+# %% ../../nbs/05_models/04_placement.ipynb #65d36317
 def quantised_line(name: str, model: nn.Module) -> str | None:
     """One line: which share of a quantised model's parameters is not; None for another model."""
     counts = unquantised_parts(model)

@@ -47,7 +47,7 @@ def names_of_both(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     folder = str(getattr(cast(Any, model).config, "name_or_path", "") or "in memory")
     return f"(model {folder}, tokenizer {tokenizer.name_or_path or 'in memory'})"
 
-
+# %% ../../nbs/05_models/01b_tokenizers.ipynb #3149b427
 def check_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
     """ValueError where `tokenizer` can produce a token for which `model` has no embedding."""
     beyond = tokens_beyond(model, tokenizer)
@@ -92,7 +92,7 @@ class TextReading:
     order: float
     """Nats per token by which a text is likelier than its tokens shuffled."""
 
-
+# %% ../../nbs/05_models/01b_tokenizers.ipynb #2c11ab69
 @torch.no_grad()
 def _predictions(model: nn.Module, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens vocabulary"]:
     """Log-probabilities of what follows each token."""
@@ -106,7 +106,7 @@ def _text_log_prob(log_probs: Float[Tensor, "tokens vocabulary"], ids: Int[Tenso
     """Mean log-probability of the tokens after the first."""
     return log_probs[:-1].gather(-1, ids[1:, None].to(log_probs.device)).mean()
 
-
+# %% ../../nbs/05_models/01b_tokenizers.ipynb #0d621478
 def read_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> TextReading | None:
     """Two short passes per text; None where the tokenizer can spell none of them."""
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def check_reading(model: nn.Module, tokenizer: PreTrainedTokenizerBase, whose: s
             stacklevel=3,
         )
 
-
+# %% ../../nbs/05_models/01b_tokenizers.ipynb #f31368c2
 def check_tokenizer(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, whose: str
 ) -> None:

@@ -445,7 +445,7 @@ def logprob_differences(student: nn.Module, rollouts: Rollouts) -> Float[Tensor,
     own = response_log_probs(student, rollouts).to(rollouts.log_probs)
     return (own - rollouts.log_probs)[rollouts.response_mask].abs()
 
-
+# %% ../../nbs/06_rollouts/02_samplers.ipynb #39f78041
 def logprob_gap(student: nn.Module, rollouts: Rollouts) -> float:
     """Mean absolute difference (nats per token) between `rollouts.log_probs` and the student's own."""
     return logprob_differences(student, rollouts).mean().item()
