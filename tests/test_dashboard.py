@@ -195,6 +195,39 @@ def test_it_shows_what_the_static_figures_show_after_any_refresh(tmp_path):
     assert dashboard.figures["loss"].data[1].line.color == METHODS["oprd"].colour
 
 
+def test_runs_are_hidden_and_shown_and_keep_their_looks(tmp_path):
+    folders = [synthetic_run(tmp_path / name, name, steps=40, problems=10) for name in ("oprd", "opd-full")]
+    dashboard = RunDashboard(folders)
+    before = {name: panel.figure for name, panel in dashboard.figures.items()}
+    dashboard.choice.buttons[folders[0]].value = False
+    shown = dashboard.figures["loss"].data
+    assert [trace.visible for trace in shown] == [False, False, True, True]
+    assert shown[3].line == panel_figure(PANELS["loss"], dashboard.runs).data[3].line
+    assert list(dashboard.figures["time"].data[0].y) == ["opd-full"]
+    assert {trace.name for trace in dashboard.figure().data if trace.visible} >= {"opd-full"}
+
+    dashboard.choice.buttons[folders[1]].value = False
+    assert all(frame.layout.display == "none" for frame in dashboard.frames.values())
+    for button in dashboard.choice.buttons.values():
+        button.value = True
+    after = {name: json.loads(panel.figure) for name, panel in dashboard.figures.items()}
+    for name, text in before.items():
+        assert after[name]["data"] == json.loads(text)["data"]
+
+
+def test_the_slider_smooths_the_lines_and_leaves_the_points(tmp_path):
+    dashboard = RunDashboard(synthetic_run(tmp_path / "run", "oprd", steps=60, problems=10))
+    values = dashboard.runs[0].table["loss"].to_numpy("float32")
+    dashboard.choice.smooth.value = 1
+    points, line = dashboard.figures["loss"].data
+    assert np.array_equal(points.y, values)
+    assert np.array_equal(line.y, values)
+    dashboard.choice.smooth.value = 11
+    points, line = dashboard.figures["loss"].data
+    assert np.array_equal(points.y, values)
+    assert np.isclose(line.y[30], values[25:36].mean(), rtol=1e-5)
+
+
 def test_a_damaged_file_is_reported_and_the_rest_goes_on(tmp_path):
     good = synthetic_run(tmp_path / "good", steps=5, problems=5)
     bad = synthetic_run(tmp_path / "bad", steps=5, problems=5)
@@ -314,6 +347,11 @@ def test_in_a_browser_it_follows_a_run_that_writes(tmp_path):
         expect(loss).not_to_have_attribute("d", early, timeout=150_000)
 
         page.get_by_role("button", name="time").click()
+        button = page.get_by_role("button", name="tonight")
+        button.click()
+        expect(loss).to_have_count(0, timeout=150_000)
+        button.click()
+        expect(loss).to_be_visible(timeout=150_000)
         title = page.locator(".js-plotly-plot .xtitle").first
         expect(title).to_have_text("Training time, seconds", timeout=150_000)
         if shots := os.environ.get("OPRD_SHOTS"):

@@ -9,7 +9,7 @@ __all__ = ['PANELS', 'TIMES', 'GrowingFile', 'MetricsTail', 'file_state', 'store
 
 # %% ../../nbs/31_explore/06_watching.ipynb #b6000004
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -220,13 +220,16 @@ class Series(NamedTuple):
     line: dict
 
 # %% ../../nbs/31_explore/06_watching.ipynb #0edbfae1
-def run_series(run: WatchedRun, key: str, axis: str, divisor: float) -> Series:
-    """A metric against `axis`, "step" or "seconds", whose values are divided by `divisor`."""
+def run_series(run: WatchedRun, key: str, axis: str, divisor: float, smooth: int = 0) -> Series:
+    """A metric against `axis`, "step" or "seconds", whose values are divided by `divisor`.
+
+    smooth: points of the rolling mean, odd; 1 smooths nothing, 0 takes `default_window`.
+    """
     name = logged_name(run.table, key)
     if name is None or axis not in run.table:
         return Series({"x": [], "y": []}, {"x": [], "y": []})
     table = run.table[list(dict.fromkeys([axis, name]))].dropna()
-    smooth = rolling_mean(table[name].to_numpy(float), default_window(len(table)))
+    smooth = rolling_mean(table[name].to_numpy(float), smooth or default_window(len(table)))
     points = downsample(table, 300)
     line = downsample(table.assign(**{name: smooth}), 300)
     return Series(
@@ -250,8 +253,14 @@ def small_figure(title: str, note: str, percent: bool = False) -> go.Figure:
     )
 
 # %% ../../nbs/31_explore/06_watching.ipynb #b6000015
-def panel_figure(panel: Panel, runs: Sequence[WatchedRun], axis: str = "step") -> go.Figure:
-    """The figure of one panel.
+def panel_figure(
+    panel: Panel,
+    runs: Sequence[WatchedRun],
+    axis: str = "step",
+    smooth: int = 0,
+    hidden: Collection[Path] = (),
+) -> go.Figure:
+    """The figure of one panel, without the lines of the folders in `hidden`; smooth: as in `run_series`.
 
     For each run and metric it has a trace of points and one of a line, also where nothing was logged yet:
     a figure on the screen gets new numbers but never new traces.
@@ -264,11 +273,14 @@ def panel_figure(panel: Panel, runs: Sequence[WatchedRun], axis: str = "step") -
         name = escape(run.folder.name)
         colour = run.style.colour
         for key, strength in zip(panel.metrics, (1.0, 0.4), strict=False):
-            points, line = run_series(run, key, axis, divisor)
+            points, line = run_series(run, key, axis, divisor, smooth)
+            is_shown = run.folder not in hidden
             marker = dict(color=colour, size=4, opacity=0.25 * strength)
-            fig.add_scatter(**points, mode="markers", name=name, hoverinfo="skip", marker=marker)
+            fig.add_scatter(
+                **points, mode="markers", name=name, hoverinfo="skip", marker=marker, visible=is_shown
+            )
             look = dict(color=colour, width=2, dash=dash)
-            fig.add_scatter(**line, mode="lines", name=name, opacity=strength, line=look)
+            fig.add_scatter(**line, mode="lines", name=name, opacity=strength, line=look, visible=is_shown)
     fig.update_xaxes(title_font_size=11)
     title = dict(text=metric.axis.replace("<k>", "k"), font_size=11)
     fig.update_yaxes(title=title, hoverformat=metric.format)
@@ -304,15 +316,19 @@ def time_figure(runs: Sequence[WatchedRun]) -> go.Figure:
     return fig.update_yaxes(autorange="reversed", showgrid=False, type="category")
 
 # %% ../../nbs/31_explore/06_watching.ipynb #b6000019
-def all_figures(runs: Sequence[WatchedRun], axis: str = "step") -> dict[str, go.Figure]:
-    """Every panel by name, also those without data yet."""
-    figures = {name: panel_figure(panel, runs, axis) for name, panel in PANELS.items()}
-    return figures | {"time": time_figure(runs)}
+def all_figures(
+    runs: Sequence[WatchedRun], axis: str = "step", smooth: int = 0, hidden: Collection[Path] = ()
+) -> dict[str, go.Figure]:
+    """Every panel by name, also those without data yet; smooth and hidden: as in `panel_figure`."""
+    figures = {name: panel_figure(panel, runs, axis, smooth, hidden) for name, panel in PANELS.items()}
+    return figures | {"time": time_figure([run for run in runs if run.folder not in hidden])}
 
 
 def has_data(fig: go.Figure) -> bool:
     """Whether anything can be seen in a figure."""
     for trace in fig.data:
+        if trace.visible is False:
+            continue
         values = trace.x if trace.type == "bar" else trace.y
         if values is not None and any(value is not None for value in values):
             return True
