@@ -611,3 +611,35 @@ def test_similarities_are_those_of_each_response_alone(rows):
         alone = token_similarities(rows.take(rows.response == number)).reset_index(drop=True)
         own = table[table.response == int(number)].reset_index(drop=True)
         pd.testing.assert_frame_equal(own, alone, rtol=1e-5)
+
+
+def test_batches_are_halved_when_memory_runs_out(pair, rollouts, monkeypatch):
+    teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
+    expected = join_states(collect(pair.student, teacher, rollouts, pair.tokenizer))
+    sizes = []
+    plain = states.read_states
+
+    def scarce(model, batch, *more):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(model, batch, *more)
+
+    monkeypatch.setattr(states, "read_states", scarce)
+    found = join_states(collect(pair.student, teacher, rollouts, pair.tokenizer))
+    assert max(sizes) > 3 and sum(size for size in sizes if size <= 3) == len(rollouts)
+    assert sum(size > 3 for size in sizes) < 10, "what was too large once is not tried again"
+    assert torch.equal(found.response, expected.response) and torch.equal(found.position, expected.position)
+    torch.testing.assert_close(found.student, expected.student, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(states, "is_out_of_memory", lambda error: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(collect(pair.student, teacher, rollouts, pair.tokenizer))
+
+
+def test_batches_fit_into_the_memory_that_is_free(pair, monkeypatch):
+    layers = ([1, 2], [1, 2])
+    assert states.tokens_to_read(pair.student, pair.teacher, layers) == states.READ_TOKENS
+    monkeypatch.setattr(states, "free_memory", lambda device: 1e6)
+    few = states.tokens_to_read(pair.student, pair.teacher, layers)
+    monkeypatch.setattr(states, "free_memory", lambda device: 2e6)
+    assert 1 < few < states.tokens_to_read(pair.student, pair.teacher, layers) < states.READ_TOKENS
