@@ -3,7 +3,7 @@
     python examples/bridge_runs.py --pair cross_architecture --out nbs/results/cross_architecture
     python examples/bridge_runs.py --pair cross_tokenizer --steps 400 --out nbs/results/cross_tokenizer
 
-The rules are those of `sweep.py`: every method on the same grid of learning rates, the grid grows where
+The rules are those of `oprd sweep`: every method on the same grid of learning rates, the grid grows where
 its best is on the edge, the choice is made on the validation split with seed 0, and the numbers to
 quote come from the test split with other seeds. The paper's bridge is swept at rank 8 only and in a
 third of the steps, and its rate serves every rank. A bridge is fitted anew in every run, from that
@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 import pandas as pd  # noqa: E402
-from sweep import GRID, beyond_edge  # noqa: E402
 
 METHODS = {
     "cross_architecture": [
@@ -49,6 +48,19 @@ METHODS = {
 `-ids` is the reference's way across tokenizers: the teacher is fed the student's ids.
 """
 KEY = ["method", "learning_rate", "later_rate", "seed", "steps", "split"]
+
+
+LADDER = [1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+GRID = LADDER[4:9]
+
+
+def beyond_edge(rows: pd.DataFrame) -> float | None:
+    """The learning rate to try next where the best one lies on the grid's edge, else None."""
+    best = rows.sort_values("accuracy").learning_rate.iloc[-1]
+    rung = LADDER.index(best)
+    if best == rows.learning_rate.max():
+        return LADDER[rung + 1]
+    return LADDER[rung - 1] if best == rows.learning_rate.min() else None
 
 
 def swept(stage: str) -> str:

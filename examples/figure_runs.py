@@ -5,7 +5,7 @@
 Four methods on the embedded pair of one architecture, bridges to the wider teacher and to the one with
 another tokenizer (for as many steps as in their tutorials), and a sweep of mu: mu * OPRD added to the
 sampled-token loss (Eq. 7), three seeds each. Methods train at the learning rates that
-`examples/sweep.py` and `examples/bridge_runs.py` found best for them (top-k at full KL's); the sweep's
+`oprd sweep` and `examples/bridge_runs.py` found best for them (top-k at full KL's); the sweep's
 runs share one, as the paper's do. Every step is accumulated from 8 micro-batches, so that the signal in
 its gradient is measured too.
 """

@@ -35,6 +35,9 @@ class PairArguments:
     """Two models and the prompts that the student answers."""
 
     given = frozenset[str]()
+    named = tuple[str, ...]()
+    command = ""
+    with_teacher = True
 
     student: str = HfArg(help="Model folder, hub id, 'smollm2' or 'embedded/student'.")
     teacher: str = HfArg(help="Likewise; with `oprd train --lora` also base, the student's own.")
@@ -217,6 +220,7 @@ LIMITS: dict[str, Range] = {
     "seed": (0, 2**32 - 1),
     "steps": (1, MANY),
     "temperature": (0, 100),
+    "test_limit": (0, MANY),
     "then_learning_rate": (0, 100),
     "top_k": (0, MANY),
     "top_p": (1e-6, 1),
@@ -246,7 +250,8 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple:
     """One instance of each of `types`, filled from `argv`; prints help and exits for --help and --help_all.
 
     A command with a library's configuration also takes `--config` and `--preset`.
-    The first instance has the names of the settings that were given, in `given`.
+    The first instance has the names of the settings that were given, in `given`, and the command line with
+    every value named, in `named`.
     ValueError, one line, for a flag that does not exist, a value of another kind, and one value too many.
     """
     takes_files = len(types) > 1
@@ -265,6 +270,7 @@ def parse(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple:
     check_limits(parsed[0])
     given = {entry[2:].split("=")[0] for entry in named if entry.startswith("--")}
     setattr(parsed[0], "given", frozenset(given))  # noqa: B010
+    setattr(parsed[0], "named", tuple(named))  # noqa: B010
     return parsed
 
 # %% ../../nbs/60_cli/01_arguments.ipynb #c14c56f4

@@ -25,6 +25,7 @@ COMMANDS = {
     "probe": "Measure where a student and a teacher agree, and say which distillation that calls for.",
     "bridge": "Fit a frozen bridge between two models, for `oprd train --bridge`.",
     "train": "Distil a student on its own rollouts. Every setting of OPRDConfig is accepted as well.",
+    "sweep": "Choose settings on validation problems, and measure them on test problems with fresh seeds.",
     "eval": "Evaluate one or several models on a problem set.",
     "report": "Write one self-contained HTML page from run folders.",
     "export": "Write a run's student as a plain model folder, adapters merged, for transformers and vLLM.",

@@ -19,7 +19,7 @@ from ..bridge.readout import ReadoutBridge, load_bridge
 from .arguments import DTYPES, PairArguments, check_placement
 from .asking import DRAWN, SideArguments, card_of, student_format
 from .bridge import rank_of
-from ..core import Rollouts
+from ..core import Layers, Rollouts
 from ..objectives.distances import DISTANCES
 from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from ..objectives.representation import Representation
@@ -98,6 +98,9 @@ class ModelArguments:
     )
 
 # %% ../../nbs/60_cli/03b_request.ipynb #8acbf862
+_OF_TEST = "Its split, problems (0 is all), answers to each"
+
+
 @dataclass
 class DataArguments:
     """What is sampled, and what is measured."""
@@ -113,6 +116,9 @@ class DataArguments:
         metadata={"choices": ("trl", "vllm")},
     )
     test: str = HfArg(default="", help="Set measured before and after; owner/name:split=test is a part.")
+    test_split: str = HfArg(default="test", help=_OF_TEST, metadata={"choices": ("test", "validation")})
+    test_limit: int = HfArg(default=200, help=_OF_TEST)
+    samples: int = HfArg(default=4, help=_OF_TEST)
     validation: str = HfArg(default="", help="Set for --eval_strategy steps and --load_best_model_at_end.")
     resume: bool = HfArg(default=False, help="Go on from the last whole checkpoint of --output_dir, if any.")
     dry_run: bool = HfArg(
@@ -121,7 +127,6 @@ class DataArguments:
     check: bool = HfArg(
         default=False, help="Load everything, check what a run checks when it begins, and end."
     )
-    samples: int = HfArg(default=4, help="Responses per problem of the test set.")
 
 # %% ../../nbs/60_cli/03b_request.ipynb #4842e022
 @dataclass
@@ -160,6 +165,7 @@ def check_methods(args: TrainArguments) -> None:
         )
     rank_of(args.rank)
     check_terms_of_request(args)
+    Layers(args.layers).of(10_000)  # how many the student has is not known yet
     Representation(args.layers, args.positions, args.distance or "normalized_mse")
 
 # %% ../../nbs/60_cli/03b_request.ipynb #8758bfc0

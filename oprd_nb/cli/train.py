@@ -112,11 +112,12 @@ def training_prompts(args: TrainArguments) -> Task:
     if args.test:
         whole = replace(args, split="", configuration="")
         graded = load_problems(args.test, whole, need_answers=True, others=(args.prompts, args.validation))
-        if graded.test is None:
+        splits = graded.splits()
+        if args.test_split not in splits:
             raise ValueError(
-                f"test={args.test!r}: has the splits {list(graded.splits())}, but no test problems"
+                f"test={args.test!r}: has the splits {list(splits)}, but no {args.test_split} problems"
             )
-        test = graded.test
+        test = splits[args.test_split]
     return Task(task.name, train=train, test=test)
 
 # %% ../../nbs/60_cli/04_train.ipynb #58594a63
@@ -216,7 +217,7 @@ def stage(
     about = {
         "label": f"{label} + {args.mu:g} OPRD" if args.mu else label,
         "bridge": None if bridge is None else repr(bridge),
-        "command": " ".join(["oprd", "train", *sys.argv[2:]]),
+        "command": args.command or " ".join(["oprd", "train", *sys.argv[2:]]),
     }
     return distil(
         pair,
@@ -224,10 +225,11 @@ def stage(
         config,
         settings,
         about,
+        held_out=args.test_limit or sys.maxsize,
         samples=args.samples,
         teacher=teacher,
         after_evaluation=save_token_scores,
-        measure_teacher=True,
+        measure_teacher=args.with_teacher,
         sampler=sampler,
         # Stored responses answer the prompts of training only.
         eval_sampler=HFSampler(pair.student, pair.tokenizer) if args.replay else None,
@@ -377,8 +379,6 @@ def check_same_settings(args: TrainArguments, config: OPRDConfig) -> None:
 # %% ../../nbs/60_cli/04_train.ipynb #a084f61b
 def train(args: TrainArguments, config: OPRDConfig) -> None:
     """The one or two runs of a request, or with `--check` what their start checks."""
-    for line in missing_from_report(args, config):
-        print(line, file=sys.stderr)
     config.resume_from_checkpoint = config.resume_from_checkpoint or args.resume or None
     if args.replay and config.logprob_tolerance is None:
         # The text is not the present student's, on purpose: the gap is logged and stops nothing.
@@ -425,6 +425,8 @@ def run(args: TrainArguments, config: OPRDConfig) -> None:
     if args.dry_run:
         look_ahead(args, config)
         return
+    for line in missing_from_report(args, config):
+        print(line, file=sys.stderr)
     if args.check:
         train(args, config)
         return

@@ -92,21 +92,7 @@ class Addable(Weighable):
 
 # %% ../../nbs/20_objectives/02_terms.ipynb #00000007
 class Term(Addable):
-    """One loss: the layers and positions it compares, and one number per position.
-
-    A term of one's own gives one loss per position, and metrics. `inputs.student[i]` (n, d_student) and
-    `inputs.teacher[i].take()` (n, d_teacher) are the hidden states of the i-th compared pair of layers; by
-    default there is one, the last::
-
-        class Nearer(Term):
-            name = "nearer"
-
-            def per_position(self, inputs):
-                student, teacher = inputs.student[0], inputs.teacher[0].take()
-                return (student - teacher).square().mean(-1), {}
-
-    `Nearer()` is an objective for the trainer, and so is `0.5 * Nearer() + FullKL()`.
-    """
+    """One loss: the layers and positions it compares, and one number per position."""
 
     name: str = "term"
     positions: str = "all"
