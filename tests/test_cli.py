@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -84,7 +86,12 @@ def test_train_writes_a_whole_run_folder(tmp_path, capsys):
         and summary["steps"] == 2
     )
     assert len(pd.read_parquet(folder / "eval" / "after.parquet")) == 200
-    assert "run folder:" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("run folder:")
+    # The last line is a command that works as it is printed.
+    assert said[-1].startswith("next: oprd report ")
+    assert main(shlex.split(said[-1].removeprefix("next: oprd "))) == 0
+    assert Path(shlex.split(said[-1])[-1]).is_file()
     assert (
         main(["report", "--runs", str(folder), "--out", str(tmp_path / "report.html")]) == 0
         and (tmp_path / "report.html").stat().st_size > 10_000
@@ -386,6 +393,10 @@ def test_evaluates_models_side_by_side(tmp_path, capsys):
         and "embedded/teacher" in shown
         and len(list(tmp_path.glob("*.parquet"))) == 2
     )
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert len(rows) == 4
+    bars = {tuple(i for i, letter in enumerate(row) if letter == "|") for row in rows}
+    assert len(bars) == 1
 
 
 def test_demo_uses_the_learning_rates_the_sweep_found():

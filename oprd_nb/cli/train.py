@@ -406,7 +406,9 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
             parameter.requires_grad_(True)  # an earlier stage froze what its loss does not reach
         for when, result in stage(request.method, request, settings, pair, sampler, teacher).items():
             print(f"{when}: {accuracy_of(result):.1%}")
-        print(f"run folder: {Path(settings.output_dir).resolve()}")
+        folder = Path(settings.output_dir)
+        print(f"run folder: {folder.resolve()}")
+        print(f"next: {shlex.join(['oprd', 'report', str(folder), '--out', str(folder / 'report.html')])}")
 
 # %% ../../nbs/60_cli/04_train.ipynb #7ff84a7e
 def after_interrupt(args: TrainArguments, config: OPRDConfig) -> str:
