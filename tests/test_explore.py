@@ -123,6 +123,25 @@ def test_colours_mean_the_same_in_every_response():
     assert len(scales) == 1
 
 
+def test_a_slider_plays_over_evaluations_on_one_scale():
+    tables = {f"step {step}": token_table(responses=3 - step // 50, seed=step) for step in (0, 50, 100)}
+    explorer = LayerExplorer(tables)
+    scales = set()
+    explorer.response.value = 1
+    for name, shown in (("step 0", 1), ("step 50", 1), ("step 100", "all")):
+        explorer.when.value = name
+        assert explorer.response.value == shown
+        expected = layer_map(tables[name], None if shown == "all" else shown)
+        heat = explorer.map.data[0]
+        assert np.array_equal(heat.z, expected.data[0].z)
+        scales.add((heat.zmin, heat.zmax, *explorer.curve.layout.yaxis.range))
+    assert len(scales) == 1
+    assert explorer.when in explorer.children[0].children
+    assert len(LayerExplorer(token_table()).children[0].children) == 2
+    with pytest.raises(ValueError, match="has layers"):
+        LayerExplorer({"a": token_table(), "b": token_table(layers=(1, 2))})
+
+
 def test_a_panel_repeats_its_whole_state_to_a_view_that_missed_a_change():
     explorer = LayerExplorer(token_table())
     explorer.response.value = 2
