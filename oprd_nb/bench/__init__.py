@@ -25,12 +25,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "gpu": ["gradient_parity", "load_gpu_check", "outcomes", "stored_gpu_checks", "train_random"],
         "trainers": ["SMOLLM2_TRAINING", "TINY_TRAINING", "TRAINERS", "TrainingShape"],
+        "batching": ["WAYS", "bench_batching"],
         "whole_steps": ["bench_trainers", "trainers_summary"],
         "results": ["cost_figure", "growth_figure", "load_bench", "save_bench"],
     },
 )
 
 if TYPE_CHECKING:
+    from .batching import WAYS as WAYS, bench_batching as bench_batching
     from .gpu import (
         gradient_parity as gradient_parity,
         load_gpu_check as load_gpu_check,

@@ -24,6 +24,7 @@ from oprd_nb.bench import (
     TINY_TRAINING,
     Shape,
     TrainingShape,
+    bench_batching,
     bench_bridge,
     bench_growth,
     bench_loss_path,
@@ -42,7 +43,7 @@ from ..models.loading import chosen_device
 from ..runs.settings import check_choice
 
 # %% ../../nbs/60_cli/09_bench.ipynb #21b5c7b0
-KINDS = ("loss-path", "peaks", "bridge", "sampler", "ragged", "growth", "step", "trainers")
+KINDS = ("loss-path", "peaks", "bridge", "sampler", "ragged", "growth", "step", "trainers", "batching")
 # Values of `oprd bench growth --axis`, and what else of the shape they need.
 GROWTH = {
     "response": ((448, 960, 1984, 4032), {}),
@@ -91,7 +92,7 @@ class BenchArguments:
 # %% ../../nbs/60_cli/09_bench.ipynb #5d7e93a2
 def shape_of(args: BenchArguments) -> Shape | TrainingShape:
     """The shape that a request means."""
-    if args.what == "trainers":
+    if args.what in ("trainers", "batching"):
         return replace(TINY_TRAINING if args.tiny else SMOLLM2_TRAINING, device=args.device)
     if args.tiny:
         shape = TINY
@@ -140,6 +141,9 @@ def measure(args: BenchArguments) -> dict[str, pd.DataFrame]:
         return {"targets": bench_bridge(shape)}
     if args.what == "sampler":
         return {"rounds": bench_sampler(args.model, rounds=args.rounds)}
+    if args.what == "batching":
+        low, high = (2, 16) if args.tiny else (32, 1024)
+        return {"rounds": bench_batching(shape, low, high, args.rounds)}
     if args.what == "trainers":
         taken = bench_trainers(shape, methods, args.rounds)
         return {"rounds": taken, "summary": trainers_summary(taken).reset_index()}

@@ -254,6 +254,13 @@ class BrowserControls:
         self.count = widgets.Label()
         self.previous = widgets.Button(description="◀ previous", layout=widgets.Layout(width="100px"))
         self.next = widgets.Button(description="next ▶", layout=widgets.Layout(width="100px"))
+        self.tops = {name: scale_max(tables, name) if tables else 1.0 for name in SCORES}
+        self.page = widgets.HTML()
+
+    def row(self, keys: widgets.Widget) -> widgets.HBox:
+        """The controls next to each other, in several lines where there is little space."""
+        controls = [self.kind, self.search, self.previous, self.next, self.place, self.count, keys]
+        return widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap"))
 
 # %% ../../nbs/31_explore/05_rollouts.ipynb #00000014
 class RolloutBrowser(BrowserControls, widgets.VBox):
@@ -267,9 +274,6 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         self, run: str | Path | Run, names: Sequence[str] = ("before", "after"), problem: int | None = None
     ):
         BrowserControls.__init__(self, answers_of(run, names))
-        tables = list(self.answers.tokens.values())
-        self.tops = {name: scale_max(tables, name) if tables else 1.0 for name in SCORES}
-        self.page = widgets.HTML()
         self._list()
         self.previous.on_click(lambda button: self.step(-1))
         self.next.on_click(lambda button: self.step(1))
@@ -278,9 +282,7 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         self.score.observe(lambda change: self._draw(), "value")
         self.place.observe(lambda change: self._draw(), "value")
         self.arrow_keys = ArrowKeys(self.step)
-        wrapping = widgets.Layout(flex_flow="row wrap")
-        row = [self.kind, self.search, self.previous, self.next, self.place, self.count, self.arrow_keys]
-        widgets.VBox.__init__(self, [self.score, widgets.HBox(row, layout=wrapping), self.page])
+        widgets.VBox.__init__(self, [self.score, self.row(self.arrow_keys), self.page])
         if problem is not None:
             self.show(problem)
 

@@ -260,6 +260,7 @@ class OPRDConfig(WritingConfig):
     def __post_init__(self):
         prepare_settings(self)
         use_new_names(self)
+        ignore_old_names()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # memory is pinned for an accelerator

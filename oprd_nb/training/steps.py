@@ -52,7 +52,6 @@ from oprd_nb.training.config import (
     check_shared,
     check_terms,
     check_trl,
-    ignore_old_names,
     logprob_tolerance_of,
     method_and_label,
     settings_of,
@@ -206,7 +205,6 @@ class TrainerBase(AskedSides):
         **trainer_options: Any,
     ):
         check_trl()
-        ignore_old_names()
         check_dataset(train_dataset, args)
         self.objective = as_objective(objective)
         self.teacher = teacher
