@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -31,6 +32,7 @@ def output_times(words: list[str]) -> list[float]:
         f"raise SystemExit(main({words!r}))"
     )
     terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))  # tqdm draws nothing into a terminal without a width
     with subprocess.Popen([sys.executable, "-c", code], stdout=end, stderr=end) as process:
         os.close(end)
         times: list[float] = []

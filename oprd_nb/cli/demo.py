@@ -109,6 +109,7 @@ def run(args: DemoArguments) -> None:
     rates = QUICK_LEARNING_RATE if args.quick else BEST_LEARNING_RATE
     summaries = {}
     for method, learning_rate in rates.items():
+        print(f"{method_style(method).label}: evaluated, trained, evaluated again", flush=True)
         # The teacher is the same for all: it is measured in the first run, and its answers are copied.
         first = RunPaths(out / next(iter(rates))).eval("teacher")
         results = demo_run(method, learning_rate, args, measure_teacher=not summaries)
