@@ -67,8 +67,6 @@ class Answers:
     def with_words(self, keys: Sequence[tuple[int, int]], words: str) -> list[tuple[int, int]]:
         """Those keys whose problem, answer or response has these words, in any case."""
         words = words.strip().lower()
-        if not words:
-            return list(keys)
         tables = [table[["prompt", "answer", "response"]].astype(str) for table in self.samples.values()]
         return [key for key in keys if any(words in " ".join(table.loc[key]).lower() for table in tables)]
 
@@ -236,7 +234,6 @@ class BrowserControls:
     def __init__(self, answers: Answers):
         self.answers = answers
         tables = list(answers.tokens.values())
-        self.tops = {name: scale_max(tables, name) if tables else 1.0 for name in SCORES}
         known = [name for name in SCORES if not tables or any(table[name].notna().any() for table in tables)]
         self.score = widgets.ToggleButtons(
             options=[(SCORES[name].title, name) for name in known],
@@ -257,10 +254,13 @@ class BrowserControls:
         self.count = widgets.Label()
         self.previous = widgets.Button(description="◀ previous", layout=widgets.Layout(width="100px"))
         self.next = widgets.Button(description="next ▶", layout=widgets.Layout(width="100px"))
-        self.row = widgets.HBox(
-            [self.kind, self.search, self.previous, self.next, self.place, self.count],
-            layout=widgets.Layout(flex_flow="row wrap"),
-        )
+        self.tops = {name: scale_max(tables, name) if tables else 1.0 for name in SCORES}
+        self.page = widgets.HTML()
+
+    def row(self, keys: widgets.Widget) -> widgets.HBox:
+        """The controls next to each other, in several lines where there is little space."""
+        controls = [self.kind, self.search, self.previous, self.next, self.place, self.count, keys]
+        return widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap"))
 
 # %% ../../nbs/31_explore/05_rollouts.ipynb #00000014
 class RolloutBrowser(BrowserControls, widgets.VBox):
@@ -274,7 +274,6 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         self, run: str | Path | Run, names: Sequence[str] = ("before", "after"), problem: int | None = None
     ):
         BrowserControls.__init__(self, answers_of(run, names))
-        self.page = widgets.HTML()
         self._list()
         self.previous.on_click(lambda button: self.step(-1))
         self.next.on_click(lambda button: self.step(1))
@@ -283,8 +282,7 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         self.score.observe(lambda change: self._draw(), "value")
         self.place.observe(lambda change: self._draw(), "value")
         self.arrow_keys = ArrowKeys(self.step)
-        self.row.children = [*self.row.children, self.arrow_keys]
-        widgets.VBox.__init__(self, [self.score, self.row, self.page])
+        widgets.VBox.__init__(self, [self.score, self.row(self.arrow_keys), self.page])
         if problem is not None:
             self.show(problem)
 
@@ -308,8 +306,9 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
 
     def _list(self) -> None:
         """List the responses of the chosen kind that have the words searched for, and show the first."""
-        listed = self.answers.of_kind(self.kind.value)
-        self.listed = self.answers.with_words(listed, self.search.value)
+        self.listed = self.answers.of_kind(self.kind.value)
+        if self.search.value.strip():
+            self.listed = self.answers.with_words(self.listed, self.search.value)
         self.place.max = max(len(self.listed), 1)
         self.count.value = f"of {len(self.listed)}"
         self.place.value = 1
