@@ -658,3 +658,15 @@ SHAPES = textwrap.dedent("""
 def test_shapes_in_signatures_hold():
     done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "checked", done.stderr[-2000:]
+
+
+def test_each_state_is_read_by_the_map_of_its_offset_in_the_loss_too():
+    made = readout_of(offsets=(0, 1), depth=4)
+    term = Representation("last", "all", predicting=True, distance="mse", bridge=made)
+    hidden = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([0, 1, 1, 0, 1, 0])
+    found = term.teacher_target(4, hidden, offsets)
+    for offset in (0, 1):
+        chosen = offsets == offset
+        expected = hidden[chosen] @ made.tensors["weight"][offset].T + made.tensors["bias"][offset]
+        assert torch.allclose(found[chosen], expected.float(), atol=1e-6)

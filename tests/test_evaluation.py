@@ -17,7 +17,7 @@ from scipy import stats
 
 from oprd_nb.core import Rollouts
 from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, paired_difference, paired_table
-from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, maj_at_k
+from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, diversity_size, maj_at_k
 from oprd_nb.evaluation.sampling import (
     Evaluation,
     evaluate,
@@ -778,3 +778,14 @@ def test_stored_samples_are_numbered_anew(tmp_path):
     table = pd.DataFrame({"problem": [0, 1], "sample": [0, 0], "correct": [True, False]}, index=[7, 3])
     found, _ = read_samples(write_samples(table, {}, tmp_path / "samples.parquet"))
     assert found.index.tolist() == [0, 1] and list(found.columns) == list(table.columns)
+
+
+def test_responses_shorter_than_an_n_gram_have_none():
+    """Each problem has a response of 8 tokens, which are five 4-grams, and one of 2."""
+    rows = [
+        {"problem": problem, "sample": sample, "token_ids": list(range(length))}
+        for problem in range(3)
+        for sample, length in enumerate((8, 2))
+    ]
+    assert diversity_size(pd.DataFrame(rows)) == 5
+    assert diversity_size(pd.DataFrame(rows)[1::2]) == 1
