@@ -91,6 +91,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "recurrent_gemma": dict(
         logits_soft_cap=0.5, block_types=["recurrent", "attention"], attention_window_size=8
     ),
+    "xlstm": dict(hidden_size=64, qk_dim_factor=1.0),
     "youtu": dict(num_key_value_heads=4),
     "zamba": dict(
         attn_layer_period=2, attn_layer_offset=1, attention_hidden_size=64, attention_head_dim=16,
@@ -114,7 +115,7 @@ FAMILIES = (
     "modernbert-decoder mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt "
     "opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe "
     "qwen3_next recurrent_gemma roberta rwkv seed_oss smollm3 solar_open stablelm starcoder2 t5 "
-    "vaultgemma xglm xlnet youtu zamba zamba2"
+    "vaultgemma xglm xlnet xlstm youtu zamba zamba2"
 ).split()
 
 
