@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd_nb import plots
+from oprd_nb.evaluation import Evaluation, compare
 from oprd_nb.plots.curves import accuracy_curve, layer_cosine, layer_heatmap, length_curve
+from oprd_nb.plots.evaluations import plot_evaluations
 from oprd_nb.plots.lines import rolling_mean
 from oprd_nb.plots.outcomes import mu_sweep, pareto_bubble, position_cosine, rank_cosine
 from oprd_nb.plots.paper import PAPER_TABLES, paper_table
 from oprd_nb.plots.tables import best_cells
-from oprd_nb.runs import METHODS, metric_of, metrics_table, read_run, summary_table, synthetic_run
+from oprd_nb.runs import METHODS, RunPaths, metric_of, metrics_table, read_run, summary_table, synthetic_run
 from oprd_nb.runs.synthetic import SHAPES
 from oprd_nb.utils import small_png
 
@@ -284,3 +286,23 @@ def test_a_machine_without_a_browser_shows_figures_without_pictures(monkeypatch)
     monkeypatch.setattr(plotly.io, "to_image", no_browser)
     with pytest.warns(UserWarning, match="plotly_get_chrome"):
         assert small_png({}) == {}
+
+
+# ---- two evaluations
+
+
+def test_two_evaluations_have_their_intervals_and_their_difference(tmp_path):
+    folder = synthetic_run(tmp_path / "run", "oprd", steps=5, problems=40, samples=4)
+    before, after = (Evaluation.load(RunPaths(folder).eval(name)) for name in ("before", "after"))
+    fig = plot_evaluations(before, after)
+    for trace, result in zip(fig.data, (before, after), strict=True):
+        table = result.summary.set_index("metric").loc[list(trace.y)]
+        assert np.allclose(trace.x, table["value"])
+        assert np.allclose(trace.x + trace.error_x.array, table["high"])
+        assert (trace.x + trace.error_x.array).max() <= 1
+        assert (trace.x - trace.error_x.arrayminus).min() >= 0
+    row = compare(after, before, ["avg@4"]).iloc[0]
+    assert f"avg@4: +{100 * row['difference']:.1f} points" in fig.layout.title.text
+    other = Evaluation(after.samples.assign(prompt="another problem"), after.settings, after.ks)
+    with pytest.raises(ValueError, match="other problems"):
+        plot_evaluations(before, other)

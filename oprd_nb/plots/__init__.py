@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "snr_curve",
         ],
         "outcomes": ["pareto_bubble", "mu_sweep", "position_cosine", "rank_cosine"],
+        "evaluations": ["plot_evaluations"],
         "paper": ["paper_table"],
         "tables": [
             "accuracy_table",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         position_cosine as position_cosine,
         rank_cosine as rank_cosine,
     )
+    from .evaluations import plot_evaluations as plot_evaluations
     from .paper import paper_table as paper_table
     from .tables import (
         accuracy_table as accuracy_table,
