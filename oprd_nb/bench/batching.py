@@ -19,7 +19,7 @@ from .measure import log_uniform
 from .trainers import SMOLLM2_TRAINING, TrainingShape, prompts_of
 from ..models.loading import input_device, load_model, load_tokenizer
 from ..rollouts.prompts import encode_prompts
-from ..rollouts.samplers import left_padded
+from ..rollouts.samplers import generation_settings, left_padded
 
 # %% ../../nbs/50_bench/07_batching.ipynb #7ba20005
 def write_static(
@@ -27,11 +27,10 @@ def write_static(
 ) -> Tensor:
     """All responses in one batch, up to the longest: token ids (batch, prompt and response)."""
     ids, mask = left_padded(prompt_ids, 0, input_device(model))
+    # Without an end token every response has the full length.
     config = GenerationConfig(max_new_tokens=max(lengths), do_sample=True, pad_token_id=0)
-    # Without an end token in either configuration, every response has the full length.
-    model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        written: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    with generation_settings(model, config) as writer:
+        written: Any = writer.generate(input_ids=ids, attention_mask=mask)
     return written
 
 # %% ../../nbs/50_bench/07_batching.ipynb #7ba20006

@@ -99,8 +99,8 @@ def workers(
             process.join()
 
 # %% ../../nbs/50_bench/02_measure.ipynb #6200002
-def run_step(connection: Connection) -> tuple[float, int]:
-    """One step of a worker: seconds and peak in bytes."""
+def run_step(connection: Connection) -> Any:
+    """One step of a worker, and what it answers: of `serve_steps` seconds and peak in bytes."""
     connection.send(True)
     return connection.recv()
 

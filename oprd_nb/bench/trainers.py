@@ -7,7 +7,6 @@ __all__ = ['SMOLLM2_TRAINING', 'TINY_TRAINING', 'TRAINERS', 'MOST_STEPS', 'Train
            'make_trainer', 'Stopwatch', 'InTurn', 'serve_trainer']
 
 # %% ../../nbs/50_bench/05_trainers.ipynb #7ba00003
-import os
 import tempfile
 import time
 import warnings
@@ -178,7 +177,6 @@ def serve_trainer(connection: Connection, shape: TrainingShape, which: str) -> N
     warnings.filterwarnings("ignore")
     watched = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
         trainer, teacher = make_trainer(which, shape, steps=MOST_STEPS, folder=folder)
         trainer._generate_single_turn = watched.around("rollout", trainer._generate_single_turn)
         watched.watch("teacher", backbone_of(teacher))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .measure import ONE_THREAD, workers
+from .measure import ONE_THREAD, run_step, workers
 from .trainers import MOST_STEPS, SMOLLM2_TRAINING, TRAINERS, TrainingShape, serve_trainer
 from ..runs.settings import check_choice
 
@@ -31,8 +31,7 @@ def bench_trainers(
     with workers(shape, chosen, ONE_THREAD, serve_trainer) as connections:
         for number in range(rounds + 1):
             for name, connection in connections.items():
-                connection.send(True)
-                seconds = connection.recv()
+                seconds = run_step(connection)
                 if number:
                     records.append({"method": name, "round": number - 1} | seconds)
     return pd.DataFrame(records)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'EvaluatedModels', 'DrawingArguments', 'EvalArguments', 'problems_of', 'open_sampler', 'place_in_run',
-           'sample_paths', 'with_run', 'formats_of', 'sampling_of', 'evaluate_models', 'aligned', 'run']
+           'sample_paths', 'with_run', 'formats_of', 'sampling_of', 'evaluate_models', 'run']
 
 # %% ../../nbs/60_cli/06_eval.ipynb #c94f7d03
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -266,26 +265,6 @@ def evaluate_models(args: EvalArguments) -> tuple[str, dict[str, Evaluation]]:
             add_to_summary(args.into, paths[name].stem, results[name].summary)
     return task.name, results
 
-# %% ../../nbs/60_cli/06_eval.ipynb #a11d0002
-def aligned(text: str) -> str:
-    """Text whose Markdown table has columns of one width, the first to the left and numbers to the right."""
-    lines = text.splitlines()
-    rows = {
-        number: [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for number, line in enumerate(lines)
-        if line.startswith("|")
-    }
-    if not rows:
-        return text
-    widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
-    for number, (first, *others) in rows.items():
-        is_rule = set(first) == {"-"}
-        cells = [first.ljust(widths[0], "-" if is_rule else " ")]
-        for cell, width in zip(others, widths[1:], strict=True):
-            cells.append("-" * (width - 1) + ":" if is_rule else cell.rjust(width))
-        lines[number] = f"| {' | '.join(cells)} |"
-    return "\n".join(lines)
-
 # %% ../../nbs/60_cli/06_eval.ipynb #3fbe8bc6
 ARGUMENTS = (EvalArguments,)
 
@@ -294,7 +273,7 @@ def run(args: EvalArguments) -> None:
     """Print one table of all models and store every sample."""
     name, results = evaluate_models(args)
     table = paired_table(results, outside=args.outside)
-    print(aligned(str(table)))
+    print(table.to_markdown(aligned=True))
     if args.into:
         print(f"part of the run now: {Path(args.into).resolve()}; next: oprd report {args.into}")
         return

@@ -246,19 +246,17 @@ _BROKE_DOWN = ("max_skipped", "max_nonfinite")
 """The limits of a run with which its error begins where numbers were no longer finite."""
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
-    """Train where that was not done, and return the row of sweep.csv."""
-    if not has_ended(cell):
-        cell.request.resume = bool(checkpoints_of(cell.config.output_dir))
-        try:
-            with redirect_stdout(io.StringIO()), run_lock(cell.config.output_dir):
-                train(cell.request, cell.config)
-        except ValueError as error:
-            if not str(error).startswith(_BROKE_DOWN):
-                raise
-            print(f"{cell.key}, seed {cell.seed}: {error}", file=sys.stderr)
-        release_memory()
-    return row_of(cell)
+def run_cell(cell: Cell) -> None:
+    """Train, or go on from the last checkpoint. Training that breaks down is a line on stderr."""
+    cell.request.resume = bool(checkpoints_of(cell.config.output_dir))
+    try:
+        with redirect_stdout(io.StringIO()), run_lock(cell.config.output_dir):
+            train(cell.request, cell.config)
+    except ValueError as error:
+        if not str(error).startswith(_BROKE_DOWN):
+            raise
+        print(f"{cell.key}, seed {cell.seed}: {error}", file=sys.stderr)
+    release_memory()
 
 # %% ../../nbs/60_cli/04b_sweep.ipynb #1d5a9c18
 def best_cells(cells: Sequence[Cell], rows: pd.DataFrame) -> dict[str, Cell]:
@@ -344,7 +342,9 @@ def run_all(cells: Sequence[Cell], earlier: pd.DataFrame, path: Path) -> pd.Data
     rows = []
     for number, cell in enumerate(cells, 1):
         was_there = has_ended(cell)
-        row = run_cell(cell)
+        if not was_there:
+            run_cell(cell)
+        row = row_of(cell)
         rows.append(row)
         write_whole(path, pd.concat([earlier, pd.DataFrame(rows)]).to_csv(index=False, float_format="%.6g"))
         numbers = "broke down"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METRICS', 'LATEX_NOTE', 'PairedDifference', 'paired_difference', 'paired_diversities', 'prompts_of',
-           'compare', 'metrics_like', 'p_values_against_best', 'PairedNumbers', 'PairedTable', 'evaluations_by_set',
-           'paired_table', 'export_table']
+           'compare', 'metrics_like', 'p_values_against_best', 'PairedNumbers', 'aligned_rows', 'PairedTable',
+           'evaluations_by_set', 'paired_table', 'export_table']
 
 # %% ../../nbs/21_evaluation/03_comparison.ipynb #00000002
 import math
@@ -162,16 +162,32 @@ class PairedNumbers:
         wide = table.pivot(index="run", columns="column", values="text")
         return wide.loc[self.rows["run"].unique(), column.unique()].fillna("–")
 
+# %% ../../nbs/21_evaluation/03_comparison.ipynb #56be55e7
+def aligned_rows(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The cells of a table padded to one width per column: the first to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        [name.ljust(first), *(text.rjust(width) for text, width in zip(texts, others, strict=True))]
+        for name, *texts in rows
+    ]
+
 # %% ../../nbs/21_evaluation/03_comparison.ipynb #00000009
 class PairedTable(PairedNumbers):
     """Many runs next to each other: bold is the best, ≈ is within noise of the best."""
 
-    def to_markdown(self) -> str:
-        """GitHub's Markdown, in per cent (lengths in tokens)."""
+    def to_markdown(self, aligned: bool = False) -> str:
+        """GitHub's Markdown, in per cent (lengths in tokens); `aligned`: with every column in one width."""
         cells = self.cells()
-        lines = ["| run | " + " | ".join(cells.columns) + " |", "|---|" + "---:|" * len(cells.columns)]
-        for name, texts in zip(cells.index, cells.to_numpy(), strict=True):
-            lines.append("| " + " | ".join([name.replace("|", r"\|"), *texts]) + " |")
+        names = [name.replace("|", r"\|") for name in cells.index]
+        rows = [["run", *cells.columns]]
+        rows += [[name, *texts] for name, texts in zip(names, cells.to_numpy(), strict=True)]
+        rule = "|---|" + "---:|" * len(cells.columns)
+        if aligned:
+            rows = aligned_rows(rows)
+            first, *others = map(len, rows[0])
+            rule = "| " + " | ".join(["-" * first, *("-" * (width - 1) + ":" for width in others)]) + " |"
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, rule)
         note = "per cent, lengths in tokens; **best**, ≈ within noise of the best (paired, p ≥ 0.05)"
         sets = ", ".join(name for name in self.rows["set"].unique() if name)
         if sets:

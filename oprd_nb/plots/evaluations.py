@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from ..evaluation.comparison import compare, metrics_like
 from ..evaluation.sampling import Evaluation
-from .theme import base_figure
+from .theme import base_figure, format_points
 from ..runs.folder import METHODS
 
 # %% ../../nbs/30_plots/04b_evaluations.ipynb #e7a10002
@@ -21,9 +21,9 @@ _SHARES = ("avg@", "best@", "maj@", "truncated", "format_error")
 def _difference_text(before: Evaluation, after: Evaluation, metric: str) -> str:
     """The paired difference of one metric in words: points, and its interval where it has one."""
     row = compare(after, before, [metric]).iloc[0]
-    text = f"{metric}: {100 * row['difference']:+.1f} points".replace("-", "−")
+    text = f"{metric}: {format_points(row['difference'])} points"
     if np.isfinite(row["low"]):
-        text += f" (95% interval {100 * row['low']:+.1f} to {100 * row['high']:+.1f})".replace("-", "−")
+        text += f" (95% interval {format_points(row['low'])} to {format_points(row['high'])})"
     return text
 
 # %% ../../nbs/30_plots/04b_evaluations.ipynb #e7a10003

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from .answers import ANSWERS_SCRIPT, answers_html
 from .charts import draw_figures, figures_html, figures_script
 from .page import TABLE_SCRIPT, chip, page_html, scroll_box
-from .theme import format_bytes, format_percent, format_time
+from .theme import format_bytes, format_percent, format_points, format_time
 from ..runs.folder import Run, method_style
 from ..runs.tables import as_runs, problem_scores, summary_table, teacher_accuracy
 from ..utils import bootstrap_interval, welch_interval, write_whole
@@ -128,11 +128,6 @@ def known(value: float, text: Callable[[float], str]) -> str:
     """`text(value)`, or a dash where the value is not known."""
     return text(value) if np.isfinite(value) else "–"
 
-# %% ../../nbs/30_plots/10_report.ipynb #64d55989
-def _signed_points(gain: float) -> str:
-    """A difference of shares in percentage points, with a true minus sign."""
-    return f"{100 * gain:+.1f}".replace("-", "−")
-
 # %% ../../nbs/30_plots/10_report.ipynb #f787213d
 def _method_cells(row: dict, is_best: bool) -> list[str]:
     """The cells of one row of `summary_table`, as HTML, in the order of `_HEADINGS`."""
@@ -148,7 +143,7 @@ def _method_cells(row: dict, is_best: bool) -> list[str]:
         f"<b>{after}</b>" if is_best else after,
         interval,
         span_svg(row["before"], row["low"], row["accuracy"], row["high"], colour),
-        known(row["accuracy"] - row["before"], _signed_points),
+        known(row["accuracy"] - row["before"], format_points),
         known(row["seconds"], format_time),
         known(row["delta_peak"], format_bytes),
         known(row["length"], "{:,.1f}".format),

@@ -217,9 +217,8 @@ def paired_states(
         labels = label_positions(batch, paired, first)
         # A split model has its layers on several devices, and the teacher may be on another one.
         both = [{layer: hidden.to(device) for layer, hidden in h.items()} for h in (h_student, h_teacher)]
-        return PairedStates(*both, layer_pairs, *labels, pairs.offsets.flatten()[paired]), int(
-            requested.sum()
-        )
+        states = PairedStates(*both, layer_pairs, *labels, pairs.offsets.flatten()[paired])
+        return states, int(requested.sum())
 
     num_requested = 0
     num_paired = 0
