@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "tasks": ["load_task", "grade"],
         "rollouts": ["HFSampler", "VLLMSampler"],
         "teachers": ["Teacher"],
+        "several": ["Teachers", "TeacherMix"],
         "bridge": ["Bridge", "ReadoutBridge"],
         "objectives": ["Representation", "SampledTokenKL", "TopKKL", "FullKL"],
         "evaluation": ["evaluate"],
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from .objectives import TopKKL as TopKKL
     from .rollouts import HFSampler as HFSampler
     from .rollouts import VLLMSampler as VLLMSampler
+    from .several import TeacherMix as TeacherMix
+    from .several import Teachers as Teachers
     from .tasks import grade as grade
     from .tasks import load_task as load_task
     from .teachers import Teacher as Teacher

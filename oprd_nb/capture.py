@@ -6,7 +6,7 @@
 __all__ = ['LayerKey', 'FINAL', 'backbone_of', 'blocks_of', 'num_layers_of', 'reading_device', 'CapturedLayers', 'Captured',
            'CapturedWithGrad', 'flat_positions', 'indices_by_layer', 'position_ids_of', 'truncated_to', 'forward_hooks',
            'ActivationBuffer', 'long_rope_limit', 'warn_about_long_rope', 'capture_frozen', 'capture_with_grad',
-           'capture_each', 'capture', 'at_least_float32', 'logit_scale_of', 'project', 'lm_head_of']
+           'capture_each', 'capture', 'at_least_float32', 'logit_scale_of', 'project', 'lm_head_of', 'at_temperature']
 
 # %% ../nbs/04_capture.ipynb #00000002
 import inspect
@@ -489,3 +489,12 @@ def lm_head_of(model: nn.Module) -> Callable[[Float[Tensor, "n d"]], Float[Tenso
         return cap * torch.tanh(out / cap) if cap else out
 
     return logits
+
+# %% ../nbs/04_capture.ipynb #fa694828
+def at_temperature(
+    head: Callable[[Float[Tensor, "n d"]], Float[Tensor, "n vocabulary"]], temperature: float
+) -> Callable[[Float[Tensor, "n d"]], Float[Tensor, "n vocabulary"]]:
+    """`head` with its logits divided by `temperature`."""
+    if temperature == 1:
+        return head
+    return lambda hidden: head(hidden) / temperature

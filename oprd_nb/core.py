@@ -149,6 +149,8 @@ class RolloutTensors:
 
     0 outside the response.
     """
+    columns: dict[str, list] | None = field(default=None, repr=False)
+    """What else is known of each prompt, by name: columns of the data set that a teacher asks for."""
 
     def __post_init__(self):
         names = ("input_ids", "attention_mask", "response_mask")
@@ -173,6 +175,11 @@ class RolloutTensors:
             raise ValueError(
                 f"prompts: {len(self.prompts)} for {len(self)} rollouts; give one prompt per rollout"
             )
+        for name, values in (self.columns or {}).items():
+            if len(values) != len(self):
+                raise ValueError(
+                    f"columns[{name!r}]: {len(values)} for {len(self)} rollouts; give one value per rollout"
+                )
 
     def __len__(self) -> int:
         """How many rollouts."""
@@ -236,11 +243,14 @@ class RolloutParts(RolloutTokens):
     ) -> Parts:
         """The rollouts with these indices, cut to `columns`, which must hold all of their tokens."""
         index = torch.as_tensor(index, dtype=torch.long, device=self.input_ids.device)
-        everything = replace(self, prompts=None)
+        everything = replace(self, prompts=None, columns=None)
         part = everything._with_tensors(lambda tensor: tensor[index][:, columns])
-        if self.prompts is None:
+        if self.prompts is None and self.columns is None:
             return part
-        return replace(part, prompts=[self.prompts[i] for i in index.tolist()])
+        chosen = index.tolist()
+        prompts = self.prompts and [self.prompts[i] for i in chosen]
+        known = self.columns and {name: [values[i] for i in chosen] for name, values in self.columns.items()}
+        return replace(part, prompts=prompts, columns=known)
 
 # %% ../nbs/01_core.ipynb #365281ae
 Stored = TypeVar("Stored", bound="RolloutFiles")
@@ -259,7 +269,11 @@ class RolloutFiles(RolloutTensors):
         if self.log_probs is not None:
             tensors["log_probs"] = self.log_probs
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"kind": "oprd_nb.rollouts", "prompts": json.dumps(self.prompts)}
+        metadata = {
+            "kind": "oprd_nb.rollouts",
+            "prompts": json.dumps(self.prompts),
+            "columns": json.dumps(self.columns),
+        }
         with replacing(path) as unfinished:
             save_file(stored, unfinished, metadata=metadata)
         return Path(path)
@@ -273,7 +287,8 @@ class RolloutFiles(RolloutTensors):
                 if metadata.get("kind") != "oprd_nb.rollouts":
                     raise ValueError("it holds no rollouts")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-            return cls(**tensors, prompts=json.loads(metadata["prompts"]))
+            columns = json.loads(metadata.get("columns", "null"))
+            return cls(**tensors, prompts=json.loads(metadata["prompts"]), columns=columns)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"path={str(path)!r}: cannot be read as rollouts ({error}); write them with Rollouts.save"

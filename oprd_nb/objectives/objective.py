@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Losses', 'Result', 'LazyLayers', 'ReadPositions', 'union_of', 'PlannedPositions', 'CapturePlan', 'positions_by_layer',
-           'plan_capture', 'TermLosses', 'losses_of_terms', 'call', 'at_temperature', 'position_losses',
-           'reduce_losses', 'loss_on_pairs', 'check_vocabularies', 'loss_of']
+           'plan_capture', 'TermLosses', 'losses_of_terms', 'call', 'position_losses', 'reduce_losses',
+           'metrics_by_teacher', 'loss_on_pairs', 'check_vocabularies', 'check_models', 'loss_of']
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #00000002
 from collections import Counter
@@ -19,7 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..capture import Captured, CapturedLayers, LayerKey, capture_each, lm_head_of, num_layers_of
+from oprd_nb.capture import (
+    Captured,
+    CapturedLayers,
+    LayerKey,
+    at_temperature,
+    capture_each,
+    lm_head_of,
+    num_layers_of,
+)
 from ..core import Rollouts
 from ..models.loading import input_device
 from .distances import Target
@@ -252,13 +260,6 @@ def call(ask: Callable[[], Result]) -> Result:
     """`ask()`: how a model without a wrapper is run."""
     return ask()
 
-# %% ../../nbs/20_objectives/05_objective.ipynb #1ac3bd75
-def at_temperature(head: Head, temperature: float) -> Head:
-    """`head` with its logits divided by `temperature`."""
-    if temperature == 1:
-        return head
-    return lambda hidden: head(hidden) / temperature
-
 # %% ../../nbs/20_objectives/05_objective.ipynb #72098dac
 def position_losses(
     objective: Objective,
@@ -297,10 +298,7 @@ def position_losses(
         )
         heads = (no_head, no_head)
         if objective.needs_head:
-            heads = (
-                at_temperature(lm_head_of(student), temperature),
-                at_temperature(lm_head_of(teacher.model), temperature),
-            )
+            heads = (at_temperature(lm_head_of(student), temperature), teacher.head(temperature))
         return losses_of_terms(plan, states, teacher_states, heads, next_tokens)
 
     teacher_states = run_teacher(ask_teacher)
@@ -350,6 +348,26 @@ def reduce_losses(
         metrics |= _summed(part.metrics)
     return loss, metrics
 
+# %% ../../nbs/20_objectives/05_objective.ipynb #0bccd7df
+def metrics_by_teacher(
+    term_losses: Sequence[TermLosses], pairs: Pairs, names: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`<metric>/<teacher>` -> (sum over its positions, positions), without the metrics of single layers.
+
+    names: of the teachers that `pairs.sources` numbers. Empty where one teacher reads everything.
+    """
+    split: dict[str, tuple[Tensor, Tensor]] = {}
+    if pairs.sources is None:
+        return split
+    for part in term_losses:
+        source = pairs.sources.to(part.index.device)[part.index // part.mask.shape[1]]
+        for number, name in enumerate(names):
+            own = source == number
+            for metric, values in part.metrics.items():
+                if "_layer_" not in metric:
+                    split[f"{metric}/{name}"] = (torch.where(own, values, 0).sum(), own.sum())
+    return split
+
 # %% ../../nbs/20_objectives/05_objective.ipynb #0000000e
 def loss_on_pairs(
     objective: Objective,
@@ -378,6 +396,17 @@ def check_vocabularies(
             "different tokenizers; use Representation(bridge=...) across tokenizers"
         )
 
+# %% ../../nbs/20_objectives/05_objective.ipynb #4a49513a
+def check_models(
+    objective: Objective, student: nn.Module, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """ValueError if a term of `objective` cannot compare these models; `tokenizer` is the student's."""
+    check_vocabularies(objective, tokenizer, teacher.tokenizer)
+    teacher.check_terms([term for _, term in objective.terms], num_layers_of(student))
+    for _, term in objective.terms:
+        term.check_layers(num_layers_of(student), num_layers_of(teacher.model))
+        term.check(student, teacher, tokenizer)
+
 # %% ../../nbs/20_objectives/05_objective.ipynb #f30ab16f
 def loss_of(
     objective: Term | Objective,
@@ -394,18 +423,16 @@ def loss_of(
     ValueError if a term cannot compare these models.
     """
     objective = as_objective(objective)
-    check_vocabularies(objective, tokenizer, teacher.tokenizer)
-    for _, term in objective.terms:
-        term.check_layers(num_layers_of(student), num_layers_of(teacher.model))
-        term.check(student, teacher, tokenizer)
+    check_models(objective, student, teacher, tokenizer)
     pairs = teacher.read(rollouts, tokenizer)
     if counts is None:
         counts = objective.counts(pairs)
-    loss, metrics = loss_on_pairs(
-        objective, student, teacher, rollouts, pairs, counts, temperature=temperature
-    )
+    parts = position_losses(objective, student, teacher, rollouts, pairs, temperature=temperature)
+    loss, metrics = reduce_losses(objective, parts, counts)
     if not metrics:
         return loss, {}
     totals = torch.stack([total for total, _ in metrics.values()]).tolist()
     counted = zip(metrics.items(), totals, strict=True)
-    return loss, {name: total / number for (name, (_, number)), total in counted}
+    means = {name: total / number for (name, (_, number)), total in counted}
+    split = metrics_by_teacher(parts, pairs, teacher.names)
+    return loss, means | {name: (total / n).item() for name, (total, n) in split.items() if n}

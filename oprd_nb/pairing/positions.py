@@ -32,12 +32,14 @@ class PairedPositions:
     `teacher_positions`: per student position, the paired position of the teacher's sequence; -1: none.
     `offsets`: bytes the student has consumed since the teacher's last boundary; 0: a shared boundary.
     `response_mask`: the student's.
+    `sources`: of several teachers, the number of the one that reads each sequence.
     """
 
     teacher_inputs: Rollouts
     teacher_positions: Int[Tensor, "batch time"]
     offsets: Int[Tensor, "batch time"]
     response_mask: Bool[Tensor, "batch time"]
+    sources: Int[Tensor, "batch"] | None = None
 
     def teacher_rows_at(self, student_rows: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
         """Flat teacher positions paired with flat student positions, all of which must be paired."""
@@ -106,11 +108,13 @@ class Pairs(PairCoverage):
             self.teacher_positions.to(device),
             self.offsets.to(device),
             self.response_mask.to(device),
+            None if self.sources is None else self.sources.to(device),
         )
 
     def to_batch(self) -> dict[str, Tensor]:
         """Everything but the response mask as (batch, ...) tensors: what a trainer may shuffle and split."""
-        return {
+        sources = {} if self.sources is None else {"teacher_sources": self.sources}
+        return sources | {
             "teacher_ids": self.teacher_inputs.input_ids,
             "teacher_mask": self.teacher_inputs.attention_mask,
             "teacher_response": self.teacher_inputs.response_mask,
@@ -122,7 +126,8 @@ class Pairs(PairCoverage):
     def from_batch(cls, batch: Mapping[str, Tensor], response_mask: Bool[Tensor, "batch time"]) -> "Pairs":
         """The inverse of `to_batch`; other keys of `batch` are ignored."""
         inputs = Rollouts(batch["teacher_ids"], batch["teacher_mask"], batch["teacher_response"])
-        return cls(inputs, batch["teacher_positions"], batch["teacher_offsets"], response_mask)
+        paired = (batch["teacher_positions"], batch["teacher_offsets"])
+        return cls(inputs, *paired, response_mask, batch.get("teacher_sources"))
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #00000008
 def response_and_predicting(response_mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:

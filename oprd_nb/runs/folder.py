@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -149,6 +149,10 @@ def metric_of(name: str) -> Metric:
         match = re.fullmatch(number, name) if found else None
         if match:
             return Metric(metric.unit, re.sub(r"<\w>", match[1], metric.axis), metric.format)
+    # Of one of several teachers: `<metric>/<teacher>`.
+    base, _, teacher = name.rpartition("/")
+    if base in METRICS:
+        return replace(METRICS[base], axis=f"{METRICS[base].axis}: {teacher}")
     return Metric("", name)
 
 # %% ../../nbs/22_runs/01_folder.ipynb #00000006

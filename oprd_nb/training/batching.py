@@ -53,6 +53,7 @@ def trim_pairs(pairs: Pairs, index: Int[Tensor, "group"], columns: slice) -> Pai
         teacher_positions=torch.where(paired >= 0, paired - teacher_columns.start, paired),
         offsets=pairs.offsets[index][:, columns],
         response_mask=pairs.response_mask[index][:, columns],
+        sources=None if pairs.sources is None else pairs.sources[index],
     )
 
 # %% ../../nbs/23_training/01_batching.ipynb #edb379e3

@@ -33,7 +33,7 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from ..bridge.base import BridgeBase
-from ..capture import num_layers_of
+from ..objectives.objective import check_models
 from ..objectives.terms import Objective, Term
 from ..runs.folder import method_style
 from ..runs.settings import Range, check_choice, check_numbers
@@ -309,16 +309,17 @@ def check_shared(student: nn.Module, teacher: Teacher) -> None:
     ValueError where they share and it is not, or do not and it is.
     """
     student_ids = {id(p) for p in student.parameters()}
-    shared = any(id(p) in student_ids for p in teacher.model.parameters())
-    if shared and not teacher.adapters_off:
-        raise ValueError(
-            "teacher: shares weights with the student and would move with it; load the model a second time, "
-            "or use Teacher.of_base with adapters"
-        )
-    if teacher.adapters_off and not shared:
-        raise ValueError(
-            "teacher: Teacher.of_base was given another model than the student; give the very same one"
-        )
+    for one in teacher.readers:
+        shared = any(id(p) in student_ids for p in one.model.parameters())
+        if shared and not one.adapters_off:
+            raise ValueError(
+                "teacher: shares weights with the student and would move with it; "
+                "load the model a second time, or use Teacher.of_base with adapters"
+            )
+        if one.adapters_off and not shared:
+            raise ValueError(
+                "teacher: Teacher.of_base was given another model than the student; give the very same one"
+            )
 
 # %% ../../nbs/23_training/05_config.ipynb #20a5805b
 def check_dataset(dataset: Dataset | None, args: OPRDConfig) -> None:
@@ -342,11 +343,10 @@ def check_terms(
 
     ValueError for layers that do not exist, widths that need a bridge, or a bridge that does not fit.
     """
+    check_models(objective, student, teacher, tokenizer)
     student_width = width_of(student)
     teacher_width = width_of(teacher.model)
     for _, term in objective.terms:
-        term.check_layers(num_layers_of(student), num_layers_of(teacher.model))
-        term.check(student, teacher, tokenizer)
         needs_bridge = not term.needs_head and student_width != teacher_width
         if needs_bridge and term.bridge is None:
             raise ValueError(

@@ -179,7 +179,7 @@ def output_diagnostics(
     student_states = capture_each(student, rollouts.input_ids, rollouts.attention_mask, {FINAL: predicting})
     teacher_states = teacher.capture(pairs, {FINAL: teacher_positions})
     p = log_probs(lm_head_of(student)(student_states[FINAL]))
-    q = log_probs(lm_head_of(teacher.model)(teacher_states[FINAL])).to(p.device)
+    q = log_probs(teacher.head()(teacher_states[FINAL])).to(p.device)
     k = max(1, min(k, p.shape[-1] // 4))
     student_top = p.topk(k).indices
     teacher_top = q.topk(k).indices

@@ -128,7 +128,7 @@ class Measurement:
         """
         teacher = self.trainer.teacher
         alone = self.trainer.accelerator.num_processes == 1
-        if not alone or teacher.adapters_off or teacher.prompt is not None:
+        if not alone or not teacher.writes:
             return None
         sampler = HFSampler(
             teacher.model,

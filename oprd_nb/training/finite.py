@@ -8,7 +8,7 @@ __all__ = ['finite_responses', 'without_responses', 'unsupervised', 'Pass', 'sec
 
 # %% ../../nbs/23_training/05c_finite.ipynb #02502f6f
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +60,7 @@ class Pass:
 
     batch: MicroBatch
     finite: Bool[Tensor, "batch"]
-    metrics: dict[str, tuple[Tensor, float]]
+    metrics: Mapping[str, tuple[Tensor, float | Tensor]]
 
 
 def second_attempt(passes: Sequence[Pass]) -> list[MicroBatch]:
@@ -142,7 +142,7 @@ def origin(student: nn.Module, teacher: Teacher, batch: MicroBatch) -> str:
     rollouts = batch.rollouts.to(device)
     pairs = batch.pairs.to(device)
     read = dict.fromkeys(_all_layers(teacher.model), pairs.teacher_rows)
-    broken = _first_broken(dict(teacher.capture(pairs, read)))
+    broken = _first_broken(dict(teacher.capture(pairs, read))) if teacher.reads_new else None
     if broken is not None:
         return f"the teacher's states, layer {broken}"
     read = dict.fromkeys(_all_layers(student), pairs.student_rows)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..core import Rollouts
-from ..objectives.objective import check_vocabularies, position_losses, reduce_losses
+from ..objectives.objective import check_models, position_losses, reduce_losses
 from ..objectives.terms import Objective, Term
 from ..teachers import Teacher
 
@@ -59,9 +59,7 @@ def term_gradients(
     `tokenizer` is the student's. ValueError where a term cannot compare these models.
     """
     objective = Objective([(1.0, term) for term in terms.values()], reduction)
-    check_vocabularies(objective, tokenizer, teacher.tokenizer)
-    for term in terms.values():
-        term.check(student, teacher, tokenizer)
+    check_models(objective, student, teacher, tokenizer)
     parameters = [p for p in student.parameters() if p.requires_grad]
     pairs = teacher.read(rollouts, tokenizer)
     counts = objective.counts(pairs)

@@ -241,8 +241,9 @@ def check_memory(student: nn.Module, teacher: Teacher, args: OPRDConfig) -> Find
     length = args.max_completion_length
     needed = weight_bytes(student, trained=True)
     # A teacher that was put elsewhere takes no memory here; one on the CPU will be moved.
-    if not teacher.adapters_off and input_device(teacher.model).type in ("cpu", device.type):
-        needed += weight_bytes(teacher.model)
+    for one in teacher.readers:
+        if not one.adapters_off and input_device(one.model).type in ("cpu", device.type):
+            needed += weight_bytes(one.model)
     needed += (
         token_bytes(
             student,
@@ -266,8 +267,9 @@ def check_memory(student: nn.Module, teacher: Teacher, args: OPRDConfig) -> Find
 def check_heads(student: nn.Module, teacher: Teacher, tolerance: float = 0.05) -> Finding:
     """Whether each model's logits are its head's of the final hidden state."""
     errors = {"student": head_error(student)}
-    if not teacher.adapters_off:
-        errors["teacher"] = head_error(teacher.model)
+    for one in teacher.readers:
+        if not one.adapters_off:
+            errors["teacher"] = max(errors.get("teacher", 0.0), head_error(one.model))
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     fine = all(error < tolerance for error in errors.values())
     more = "" if fine else "; this family is not supported by output-space losses"
@@ -433,8 +435,7 @@ def findings_of_check(
     found = findings_at_start(student, tokenizer, teacher, args, dataset, prompt_format, sampler)
     if sampler is not None:
         found.append(check_sampler(student, sampler, args, dataset))
-    asked_otherwise = teacher.adapters_off or teacher.prompt is not None
-    if problems is not None and not asked_otherwise:
+    if problems is not None and teacher.writes:
         found.append(check_teacher(student, tokenizer, teacher, args, problems, prompt_format))
     return found
 

@@ -7,7 +7,7 @@ __all__ = ['HeldOutMixin', 'EvaluationMixin', 'CheckpointMixin', 'ResumeMixin', 
 
 # %% ../../nbs/23_training/07_trainer.ipynb #00000002
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -83,15 +83,13 @@ class EvaluationMixin(HeldOutMixin):
             **self.eval_sampling.keywords(),
         )
         metrics = self._scores(result, metric_key_prefix)
-        metrics |= self._diagnostics(student, result.samples, list(dataset["prompt"]))
+        metrics |= self._diagnostics(student, result.samples, dataset)
         student.train(was_training)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _diagnostics(
-        self, student: nn.Module, samples: pd.DataFrame, prompts: Sequence[Any]
-    ) -> dict[str, float]:
+    def _diagnostics(self, student: nn.Module, samples: pd.DataFrame, problems: Dataset) -> dict[str, float]:
         """What both models say on the sampled responses.
 
         The cosine there is `eval/cosine_similarity` for every objective, so that runs can be compared; it is
@@ -99,9 +97,11 @@ class EvaluationMixin(HeldOutMixin):
         """
         has_tokens = samples["token_ids"].map(len) > 0
         first = samples.loc[has_tokens & (samples["sample"] == 0)].head(64)
-        if first.empty:
+        if first.empty or not self.teacher.reads_new:
             return {}
-        rollouts = stored_rollouts(first, prompts, self._tokenizer, self.prompt_format)
+        rollouts = stored_rollouts(first, problems["prompt"], self._tokenizer, self.prompt_format)
+        numbers = [int(number) for number in first["problem"]]
+        rollouts.columns = {name: [problems[name][i] for i in numbers] for name in self.teacher.columns}
         rollouts = rollouts.to(self.accelerator.device)
         diagnostics: list[Callable[..., dict[str, float]]] = [output_diagnostics, representation_diagnostics]
         output, cosines = (
