@@ -118,7 +118,7 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
     from oprd_nb.objectives.terms import as_objective
     from oprd_nb.tasks.problems import Task
     from oprd_nb.training.experiment import METHODS as PLAIN
-    from oprd_nb.training.experiment import bridge_term, distil
+    from oprd_nb.training.experiment import bridge_term, distil_pair
 
     quiet()
     pair, stages, results, scores = embedded(pair_name), method.split(">"), [], {}
@@ -148,7 +148,7 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
             )
             config.eval_strategy, config.eval_on_start, config.disable_tqdm = "no", False, True
             try:
-                results.append(distil(pair, objective, config, {"method": method}, held_out=500))
+                results.append(distil_pair(pair, objective, config, {"method": method}, held_out=500))
             except ValueError as error:
                 if "min_coverage" not in str(error):
                     raise

@@ -41,7 +41,7 @@ from oprd_nb.rollouts.samplers import HFSampler  # noqa: E402
 from oprd_nb.tasks.problems import Task  # noqa: E402
 from oprd_nb.tasks.words import word_problems  # noqa: E402
 from oprd_nb.training.config import OPRDConfig  # noqa: E402
-from oprd_nb.training.experiment import distil  # noqa: E402
+from oprd_nb.training.experiment import distil_pair  # noqa: E402
 
 STUDENT_STEPS = 20
 TEACHER_STEPS = 180
@@ -164,7 +164,7 @@ def run(
     objective: Objective = as_objective(OBJECTIVES[method]())
     command = f"python examples/real_pair.py run {method} {learning_rate:g} --seed {seed} --split {split}"
     command += f" --steps {steps} --batch {batch}" + (" --full" if full else "")
-    results = distil(
+    results = distil_pair(
         ModelPair(student, teacher, tokenizer, tokenizer, task),
         objective,
         config,

@@ -34,7 +34,7 @@ def one_run(target: str, strength: float, learning_rate: float, seed: int, steps
     from oprd_nb.objectives.representation import Representation
     from oprd_nb.tasks.problems import Task
     from oprd_nb.teachers import Teacher
-    from oprd_nb.training.experiment import distil
+    from oprd_nb.training.experiment import distil_pair
 
     quiet()
     pair = embedded("same")
@@ -56,7 +56,8 @@ def one_run(target: str, strength: float, learning_rate: float, seed: int, steps
         config.eval_strategy = "no"
         config.eval_on_start = False
         config.disable_tqdm = True
-        results = distil(pair, Representation(), config, {"method": "ride"}, held_out=500, teacher=teacher)
+        settings = {"method": "ride"}
+        results = distil_pair(pair, Representation(), config, settings, held_out=500, teacher=teacher)
         seconds = pd.read_json(f"{folder}/metrics.jsonl", lines=True)["seconds"].max()
     row = dict(target=target, strength=strength, learning_rate=learning_rate, seed=seed)
     row |= dict(steps=steps, split=split, before=accuracy_of(results["before"]))

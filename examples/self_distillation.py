@@ -31,7 +31,7 @@ from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.tasks.problems import Task
 from oprd_nb.teachers import Teacher, without_adapters
 from oprd_nb.training.config import OPRDConfig
-from oprd_nb.training.experiment import distil
+from oprd_nb.training.experiment import distil_pair
 
 EXAMPLES = ((3, 9), (14, 5), (8, 8), (11, 17))
 
@@ -126,7 +126,7 @@ def main() -> None:
         "task": "sums",
         "command": f"python examples/self_distillation.py --steps {args.steps} --samples {args.samples}",
     }
-    results = distil(
+    results = distil_pair(
         pair,
         as_objective(Representation(positions="all")),
         config,

@@ -12,7 +12,7 @@ from oprd_nb.models import embedded
 from oprd_nb.objectives import Term
 from oprd_nb.plots import accuracy_curve, write_report
 from oprd_nb.runs import read_metrics, read_run
-from oprd_nb.training.experiment import distil
+from oprd_nb.training.experiment import distil_pair
 
 
 def term_of_help() -> type[Term]:
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     args = embedded_config(folder, 1e-3, steps=24, seed=0, eval_steps=12)
     args.per_device_train_batch_size = 8
     validation = same.task.validation.select(range(6))
-    distil(same, term_of_help()(), args, {}, held_out=12, eval_dataset=validation)
+    distil_pair(same, term_of_help()(), args, {}, held_out=12, eval_dataset=validation)
     return folder
 
 

@@ -24,7 +24,7 @@ from oprd_nb.runs import (
     write_about,
     write_settings,
 )
-from oprd_nb.training.experiment import distil
+from oprd_nb.training.experiment import distil_pair
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -194,7 +194,7 @@ def test_a_report_and_its_summary_agree_in_every_number_they_share(tmp_path, sam
     args = embedded_config(folder, 3e-4, steps=6, seed=0, eval_steps=3)
     args.per_device_train_batch_size = 8
     validation = same.task.validation.select(range(6))
-    distil(same, Representation(), args, {}, held_out=12, measure_teacher=True, eval_dataset=validation)
+    distil_pair(same, Representation(), args, {}, held_out=12, measure_teacher=True, eval_dataset=validation)
     summary = json.loads((folder / "summary.json").read_text())
     run = read_run(folder)
     row = summary_table([run]).iloc[0]

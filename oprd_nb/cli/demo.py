@@ -23,7 +23,7 @@ from ..objectives.terms import Objective, as_objective
 from ..plots.report import write_report
 from ..runs import RunPaths, method_style
 from ..training.config import OPRDConfig
-from ..training.experiment import METHODS, distil
+from ..training.experiment import METHODS, distil_pair
 from ..utils import write_whole
 
 # %% ../../nbs/60_cli/05_demo.ipynb #26f999fb
@@ -87,7 +87,7 @@ def demo_run(
         "command": "oprd demo --quick" if args.quick else "oprd demo",
     }
     eval_steps = max(1, steps // evaluations)
-    return distil(
+    return distil_pair(
         pair,
         embedded_objective(method),
         embedded_config(Path(args.out) / method, learning_rate, steps, args.seed, eval_steps),

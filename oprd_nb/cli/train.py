@@ -59,7 +59,7 @@ from ..teachers import Teacher
 from ..training.callbacks import changes_of_run, check_same_run, check_writable
 from ..training.checkpoints import checkpoints_of
 from ..training.config import OPRDConfig, settings_of
-from ..training.experiment import BRIDGE_KINDS, distil
+from ..training.experiment import BRIDGE_KINDS, distil_pair
 from ..training.interrupts import what_is_safe
 from ..training.lock import run_lock
 from ..training.sampling import effective_line
@@ -219,7 +219,7 @@ def stage(
         "bridge": None if bridge is None else repr(bridge),
         "command": args.command or " ".join(["oprd", "train", *sys.argv[2:]]),
     }
-    return distil(
+    return distil_pair(
         pair,
         objective_of(method, args, bridge, layer_pairs_of(args, config, pair, teacher)),
         config,

@@ -239,7 +239,7 @@ def representation_of(objective: Objective) -> Representation | None:
 
 # %% ../../nbs/31_explore/03_scores.ipynb #68c9b12d
 def save_token_scores(when: str, result: Evaluation, problems: Dataset, trainer: OPRDTrainer) -> None:
-    """Score responses of an evaluation into the trainer's run folder: an `after_evaluation` of `distil`."""
+    """Score responses of an evaluation into the trainer's run folder; an `after_evaluation`."""
     table = score_samples(
         result.samples,
         problems["prompt"],
