@@ -96,6 +96,9 @@ METRICS = {
     "grad/snr": Metric("ratio", "Signal-to-noise", "~g"),
     "learning_rate": Metric("per step", "Learning rate"),
     # Terms of the objective.
+    "gradient/<term>/norm": Metric("of the term at weight 1", "Norm of the term's gradient"),
+    "gradient/<term>/ratio": Metric("ratio", "Norm over that of full KL's gradient"),
+    "gradient/cosine/<one>~<other>": Metric("cosine", "Cosine of two terms' gradients", ".3f"),
     "rep/cosine_similarity": Metric("cosine", "Cosine, student and teacher", ".4f"),
     "rep/cosine_layer_<l>": Metric("cosine", "Cosine", ".4f"),
     "actor/pg_loss": Metric("nats per token", "Loss, nats per token"),
@@ -124,6 +127,7 @@ METRICS = {
     # Cost of a step.
     "time/rollout": Metric("s", "Seconds per step, rollouts"),
     "time/teacher": Metric("s", "Seconds per step, teacher"),
+    "time/gradients": Metric("s", "Seconds per step, gradients of terms"),
     "time/update": Metric("s", "Seconds per step, update"),
     "memory/delta_peak": Metric("bytes", "Memory the update adds at its peak", ".3s"),
     # Logged by TRL.
@@ -140,13 +144,18 @@ METRICS = {
 }
 
 # %% ../../nbs/22_runs/01_folder.ipynb #00000026
+def _pattern(key: str) -> str:
+    """A key of `METRICS` as a regular expression: `<k>` is a number, `<term>` a name."""
+    numbers = re.sub(r"<\w>", r"(\\d+)", re.escape(key))
+    return re.sub(r"<\w+>", r"([^/~]+)", numbers)
+
+
 def metric_of(name: str) -> Metric:
     """The entry of `METRICS` for a logged name; an unknown one is its own axis title."""
     if name in METRICS:
         return METRICS[name]
     for key, metric in METRICS.items():
-        number, found = re.subn(r"\\?<\w>", r"(\\d+)", re.escape(key))
-        match = re.fullmatch(number, name) if found else None
+        match = re.fullmatch(_pattern(key), name)
         if match:
             return Metric(metric.unit, re.sub(r"<\w>", match[1], metric.axis), metric.format)
     # Of one of several teachers: `<metric>/<teacher>`.

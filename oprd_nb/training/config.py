@@ -96,6 +96,7 @@ _LIMITS: dict[str, Range] = {
     "token_budget": (0, 1e12),
     "max_nonfinite": (0, 1),
     "max_skipped": (1, 1e6),
+    "gradient_every": (0, 1e7),
     "temperature": (1e-3, 100),
     "eval_temperature": (0, 100),
     "top_p": (1e-6, 1),
@@ -214,6 +215,13 @@ class WritingConfig(DistillationConfig):
     )
     eval_samples: int = field(default=1, metadata={"help": "Responses to each problem of --validation."})
     eval_temperature: float = field(default=0.7, metadata={"help": "Their temperature; 0 is greedy."})
+    gradient_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between two measurements of the gradient of each term (gradient/... in the log); "
+            "0 is never; by default 10 where the objective has several terms."
+        },
+    )
     grade_with: str = field(
         default="", metadata={"help": "Grader: math, exact, choice, number, module:function."}
     )

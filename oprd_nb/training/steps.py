@@ -114,12 +114,12 @@ class WrappedModels(PlacedTeacher):
     passes: list[Pass]
     """The forward passes since the last step of the optimizer."""
 
-    def _check_token_budget(self, budget: int) -> None:
+    def _check_settings(self, args: OPRDConfig) -> None:
         """ValueError for a token budget with FSDP or DeepSpeed."""
-        if budget and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.token_budget and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"token_budget={budget}: processes would make different numbers of passes, which FSDP and "
-                "DeepSpeed cannot; use 0 with them"
+                f"token_budget={args.token_budget}: processes would make different numbers of passes, which "
+                "FSDP and DeepSpeed cannot; use 0 with them"
             )
 
     def _replace_callbacks(self) -> None:
@@ -251,7 +251,7 @@ class TrainerBase(AskedSides):
             processing_class=processing_class,
             **trainer_options,
         )
-        self._check_token_budget(args.token_budget)
+        self._check_settings(args)
         asked = (train_dataset, self.prompt_format, self.sampler)
         warn_at_start(self.model, processing_class, teacher, args, *asked)
         self.teacher_model = self._prepared_teacher()
@@ -515,8 +515,8 @@ class LogMixin(SignalMixin):
         if self.accelerator.num_processes > 1:
             intervals = gather_object([interval])
         collected = averages(intervals, self.args.gradient_accumulation_steps)
-        # What is not generation and not the teacher's pass is the update.
-        phases = collected.get("time/rollout", 0) + collected.get("time/teacher", 0)
+        # What is not generation, not the teacher's pass and no measurement is the update.
+        phases = sum(collected.get(f"time/{phase}", 0) for phase in ("rollout", "teacher", "gradients"))
         collected["time/update"] = self.run_folder.last_step - phases
         return collected
 

@@ -33,8 +33,9 @@ from oprd_nb.training.checkpoints import (
     write_manifest,
 )
 from .diagnostics import output_diagnostics, representation_diagnostics
+from .gradient_steps import GradientMixin
 from .lock import run_lock
-from .steps import LossMixin, RolloutMixin, StepMixin, TrainerBase
+from .steps import LossMixin, RolloutMixin, TrainerBase
 
 # %% ../../nbs/23_training/07_trainer.ipynb #bdfd03f2
 class HeldOutMixin(TrainerBase):
@@ -217,7 +218,7 @@ class ResumeMixin(TrainerBase):
             super()._run_epoch(*args, **options)
 
 # %% ../../nbs/23_training/07_trainer.ipynb #00000010
-class OPRDTrainer(EvaluationMixin, ResumeMixin, CheckpointMixin, StepMixin, LossMixin, RolloutMixin):
+class OPRDTrainer(EvaluationMixin, ResumeMixin, CheckpointMixin, GradientMixin, LossMixin, RolloutMixin):
     """On-policy distillation of `model` towards `teacher` under any objective, on TRL's trainer.
 
     model: the student, trained in place (or its adapters, with `peft_config`).

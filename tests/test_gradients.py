@@ -1,0 +1,164 @@
+"""The gradient of each term during a run: as the full gradients say, and without a trace in the weights."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from short_runs import short_run
+from transformers import TrainerCallback
+
+from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.output_space import FullKL, SampledTokenKL
+from oprd_nb.objectives.representation import Representation
+from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
+from oprd_nb.teachers import Teacher
+from oprd_nb.training import gradient_steps
+from oprd_nb.training.trainer import OPRDTrainer
+from oprd_nb.utils import read_jsonl
+
+REP = Representation(positions="last:9")
+
+
+class FirstGradient(TrainerCallback):
+    """The whole gradient of the first step, as one vector by parameter name."""
+
+    def __init__(self):
+        self.parts = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if state.global_step == 0:
+            self.parts = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(folder, objective, name="same", sampler=None, peft_config=None, **changes):
+    """A short run of a new student; returns its trainer and its first gradient."""
+    pair = embedded(name)
+    seen = FirstGradient()
+    trainer = OPRDTrainer(
+        model=pair.student,
+        teacher=Teacher(pair.teacher, pair.teacher_tokenizer),
+        objective=objective,
+        args=short_run(folder, max_grad_norm=0.0, **changes),
+        train_dataset=pair.task.train.select(range(64)),
+        processing_class=pair.tokenizer,
+        sampler=sampler,
+        peft_config=peft_config,
+        callbacks=[seen],
+    )
+    trainer.train()
+    return trainer, seen.parts
+
+
+def measured(folder):
+    """The lines of a run's log that hold a measurement, by step."""
+    lines = read_jsonl(folder / "metrics.jsonl")
+    return {line["step"]: line for line in lines if any(name.startswith("gradient/") for name in line)}
+
+
+@pytest.fixture(scope="module")
+def replay():
+    """The same responses for every run that asks."""
+    pair = embedded("same")
+    prompts = pair.task.train["prompt"][:64]
+    stored = HFSampler(pair.student, pair.tokenizer).sample(prompts, max_new_tokens=40, seed=0)
+    return lambda: ReplaySampler(stored, pair.tokenizer)
+
+
+def test_what_a_run_measures_are_its_full_gradients(replay, tmp_path, monkeypatch):
+    """Read on all responses of a step, norms and cosines are those of runs of each term alone, within 5 %."""
+    monkeypatch.setattr(gradient_steps, "SHARE", 1)
+    alone = {}
+    for name, term in {"sampled": SampledTokenKL(), "rep": REP, "full": FullKL()}.items():
+        _, alone[name] = train(tmp_path / name, term, sampler=replay(), max_steps=1, gradient_every=0)
+    train(tmp_path / "both", SampledTokenKL() + 10 * REP, sampler=replay(), max_steps=1)
+    line = measured(tmp_path / "both")[1]
+    everywhere = alone["full"].keys()
+    vectors = {}
+    for name, parts in alone.items():
+        # A run of OPRD alone does not train the head, which its loss does not reach.
+        vectors[name] = torch.cat(
+            [parts.get(key, torch.zeros_like(alone["full"][key])).flatten() for key in everywhere]
+        )
+    for name, vector in vectors.items():
+        assert line[f"gradient/{name}/norm"] == pytest.approx(vector.norm().item(), rel=0.05)
+    ratio = vectors["rep"].norm() / vectors["full"].norm()
+    assert line["gradient/rep/ratio"] == pytest.approx(ratio.item(), rel=0.05)
+    for one, other in (("full", "rep"), ("full", "sampled"), ("rep", "sampled")):
+        cosine = torch.cosine_similarity(vectors[one], vectors[other], dim=0).item()
+        assert line[f"gradient/cosine/{one}~{other}"] == pytest.approx(cosine, abs=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(gradient_accumulation_steps=2, token_budget=150),
+        dict(disable_dropout=False, gradient_checkpointing=True),
+        dict(
+            peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3), disable_dropout=False
+        ),
+    ],
+    ids=["plain", "accumulation and a budget", "checkpointing", "adapters with dropout"],
+)
+def test_a_measured_run_is_bitwise_the_run_without(changes, tmp_path):
+    objective = FullKL() + 3 * REP
+    runs = [train(tmp_path / str(every), objective, gradient_every=every, **changes)[0] for every in (1, 0)]
+    with_it, without = (dict(trainer.model.named_parameters()) for trainer in runs)
+    assert with_it.keys() == without.keys()
+    assert all(with_it[name].equal(without[name]) for name in without)
+    assert sorted(measured(tmp_path / "1")) == [1, 2, 3] and not measured(tmp_path / "0")
+    losses = [[line.get("loss") for line in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in "10"]
+    assert losses[0] == losses[1]
+
+
+def test_only_several_terms_are_measured_unless_asked(tmp_path):
+    train(tmp_path / "one", REP)
+    assert not measured(tmp_path / "one")
+    train(tmp_path / "asked", REP, gradient_every=2)
+    found = measured(tmp_path / "asked")
+    assert sorted(found) == [1, 2, 3], "the first step, the middle and the last, and every second one"
+    assert {name for name in found[1] if name.startswith("gradient/")} == {
+        "gradient/rep/norm",
+        "gradient/rep/ratio",
+        "gradient/full/norm",
+        "gradient/cosine/full~rep",
+    }
+    assert found[1]["time/gradients"] > 0 and found[1]["time/update"] > 0
+
+
+def test_start_middle_and_end_of_a_longer_run(tmp_path):
+    train(tmp_path, FullKL() + REP, max_steps=23, per_device_train_batch_size=2)
+    assert sorted(measured(tmp_path)) == [1, 10, 12, 20, 23]
+
+
+@pytest.mark.filterwarnings("ignore:only .* of the student's tokens")
+def test_across_tokenizers_there_is_no_full_kl_to_compare_with(tmp_path):
+    train(tmp_path, REP + Representation("2", positions="last:3"), name="cross_tokenizer", max_steps=1)
+    names = {name for name in measured(tmp_path)[1] if name.startswith("gradient/")}
+    assert names == {"gradient/rep/norm", "gradient/rep_2/norm", "gradient/cosine/rep~rep_2"}
+
+
+@pytest.mark.parametrize("every", [-1, float("nan")])
+def test_a_number_of_steps_that_makes_no_sense(every, tmp_path):
+    with pytest.raises(ValueError, match="gradient_every"):
+        short_run(tmp_path, gradient_every=every)
+
+
+def test_sharded_gradients_are_not_measured(tmp_path, monkeypatch):
+    """FSDP and DeepSpeed: refused where it is asked for, left out where it is only the default."""
+    monkeypatch.setattr(OPRDTrainer, "why_no_gradients", lambda self: "FSDP keeps no whole gradient")
+    with pytest.raises(ValueError, match="gradient_every=5: FSDP keeps no whole gradient; leave it away"):
+        train(tmp_path, FullKL() + REP, gradient_every=5)
+    train(tmp_path, FullKL() + REP, max_steps=1)
+    assert not measured(tmp_path)
+
+
+def test_reentrant_checkpointing_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="gradient_every=1: checkpointing with use_reentrant=True"):
+        train(
+            tmp_path,
+            FullKL() + REP,
+            gradient_every=1,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )
