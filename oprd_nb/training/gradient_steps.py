@@ -76,8 +76,12 @@ class MeasuredTerms(StepMixin):
     @cached_property
     def measured_terms(self) -> dict[str, Term]:
         """The terms whose gradients are measured, by name."""
-        shared = fingerprint(self._tokenizer) == fingerprint(self.teacher.tokenizer)
-        return measured_terms(self.objective, shared)
+        reference = as_objective(FullKL())
+        try:
+            check_models(reference, self.accelerator.unwrap_model(self.model), self.teacher, self._tokenizer)
+        except ValueError:
+            return measured_terms(self.objective, compares_outputs=False)
+        return measured_terms(self.objective, compares_outputs=True)
 
 # %% ../../nbs/23_training/06b_gradient_steps.ipynb #39138523
 class GradientMixin(MeasuredTerms):
