@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "rollouts": ["HFSampler", "VLLMSampler"],
         "teachers": ["Teacher"],
         "several": ["Teachers", "TeacherMix"],
+        "cached": ["CachedTeacher", "write_cache"],
         "bridge": ["Bridge", "ReadoutBridge"],
         "objectives": ["Representation", "SampledTokenKL", "TopKKL", "FullKL"],
         "evaluation": ["evaluate"],
@@ -30,6 +31,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 if TYPE_CHECKING:
     from .bridge import Bridge as Bridge
     from .bridge import ReadoutBridge as ReadoutBridge
+    from .cached import CachedTeacher as CachedTeacher
+    from .cached import write_cache as write_cache
     from .core import Layers as Layers
     from .core import Positions as Positions
     from .core import Rollouts as Rollouts

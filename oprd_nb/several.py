@@ -35,7 +35,7 @@ def _shape_of(teacher: Teacher) -> dict[str, Any]:
         "loss_scale": teacher.loss_scale,
     }
 
-
+# %% ../nbs/09b_several.ipynb #2a008942
 def check_alike(teachers: Mapping[str, Teacher]) -> None:
     """ValueError unless there are teachers, each a single model, of one depth, width, tokenizer and scale."""
     if not teachers:
@@ -125,7 +125,7 @@ def join_pairs(
     offsets = joined(lambda pairs: pairs.offsets, 0, time)
     return Pairs(inputs, positions, offsets, rollouts.response_mask, sources)
 
-
+# %% ../nbs/09b_several.ipynb #2718521b
 def rows_of_source(pairs: Pairs, number: int) -> tuple[Pairs, Int[Tensor, "own"]]:
     """The pairs of one teacher, with what it alone read, and the numbers of its sequences."""
     assert pairs.sources is not None
@@ -163,7 +163,7 @@ def _in_order(parts: Sequence[tuple[Int[Tensor, "m"], Float[Tensor, "m d"]]]) ->
     order = torch.cat([kept for kept, _ in parts]).argsort()
     return hidden[order]
 
-
+# %% ../nbs/09b_several.ipynb #3f7c767c
 def transformed(
     states: Mapping[LayerKey, Tensor], transforms: Mapping[LayerKey, Callable[[Tensor], Tensor]] | None
 ) -> Captured:

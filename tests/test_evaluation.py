@@ -18,14 +18,8 @@ from scipy import stats
 from oprd_nb.core import Rollouts
 from oprd_nb.evaluation.comparison import LATEX_NOTE, compare, export_table, paired_difference, paired_table
 from oprd_nb.evaluation.metrics import avg_at_k, best_at_k, dist_4g, distinct_n, diversity_size, maj_at_k
-from oprd_nb.evaluation.sampling import (
-    Evaluation,
-    evaluate,
-    read_samples,
-    stored_rollouts,
-    weights_mark,
-    write_samples,
-)
+from oprd_nb.evaluation.sampling import Evaluation, evaluate, read_samples, stored_rollouts, write_samples
+from oprd_nb.models.checks import weights_mark
 from oprd_nb.rollouts.samplers import HFSampler, logprob_gap
 from oprd_nb.rollouts.settings import SamplingSettings
 from oprd_nb.tasks.problems import Task, arithmetic

@@ -27,7 +27,8 @@ from oprd_nb.cli.asking import (
     warn_unread,
 )
 from ..evaluation.comparison import export_table, paired_table
-from ..evaluation.sampling import Evaluation, asked_mark, evaluate, weights_mark
+from ..evaluation.sampling import Evaluation, asked_mark, evaluate
+from ..models.checks import weights_mark
 from ..models.loading import chosen_device, load_model, load_tokenizer
 from ..models.placement import placement_line
 from ..models.tokenizers import check_tokenizer

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'write_samples', 'read_samples', 'SampleTable', 'SampleMetrics', 'format_metric', 'stored_rollouts',
-           'Evaluation', 'prompt_text', 'Grading', 'sample_rows', 'weights_mark', 'problems_mark', 'asked_mark',
-           'check_settings', 'Chunks', 'problems_of', 'sample_chunks', 'evaluate']
+           'Evaluation', 'prompt_text', 'Grading', 'sample_rows', 'problems_mark', 'asked_mark', 'check_settings',
+           'Chunks', 'problems_of', 'sample_chunks', 'evaluate']
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #00000002
 import json
@@ -22,7 +22,6 @@ from typing import Unpack, cast
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -276,16 +275,6 @@ def sample_rows(
         rows = zip(rollouts.log_probs, rollouts.response_mask, strict=True)
         columns["token_log_probs"] = [values[mask].tolist() for values, mask in rows]
     return pd.DataFrame(columns)
-
-# %% ../../nbs/21_evaluation/02_sampling.ipynb #0000000c
-def weights_mark(model: nn.Module) -> int:
-    """A checksum of the first eight numbers of every parameter; training changes it."""
-    mark = 0
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            numbers = parameter.detach().flatten()[:8].float().cpu().numpy()
-            mark = zlib.crc32(numbers.tobytes(), mark)
-    return mark
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #ded75c77
 def problems_mark(problems: Dataset) -> int:

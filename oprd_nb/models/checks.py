@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['some_of', 'check_loading', 'not_finite', 'check_finite', 'few_tokens', 'evaluating', 'head_error', 'check_head',
-           'future_error', 'check_causal', 'padding_error', 'check_padding']
+           'future_error', 'check_causal', 'padding_error', 'check_padding', 'weights_mark']
 
 # %% ../../nbs/05_models/00_checks.ipynb #0f3dbb50
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -190,3 +191,13 @@ def check_padding(model: nn.Module, where: str) -> None:
         )
     if error < 0.1:
         _LEAVE_PADDING_OUT.add(model)
+
+# %% ../../nbs/05_models/00_checks.ipynb #244abf77
+def weights_mark(model: nn.Module) -> int:
+    """A checksum of the first eight numbers of every parameter; training changes it."""
+    mark = 0
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            numbers = parameter.detach().flatten()[:8].float().cpu().numpy()
+            mark = zlib.crc32(numbers.tobytes(), mark)
+    return mark

@@ -231,7 +231,8 @@ def check_sides(
     """ValueError for a student with another model's tokenizer, or where either side reads padding as text."""
     check_tokenizer(student, tokenizer, "student")
     check_padding(student, "student")
-    check_padding(teacher.model, "teacher")
+    for one in teacher.readers:
+        check_padding(one.model, "teacher")
 
 # %% ../../nbs/23_training/05c_startup.ipynb #e30c6b61
 def check_memory(student: nn.Module, teacher: Teacher, args: OPRDConfig) -> Finding:
