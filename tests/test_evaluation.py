@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -783,3 +784,10 @@ def test_responses_shorter_than_an_n_gram_have_none():
     ]
     assert diversity_size(pd.DataFrame(rows)) == 5
     assert diversity_size(pd.DataFrame(rows)[1::2]) == 1
+
+
+def test_an_aligned_table_has_one_width_and_a_rule_under_its_names(several):
+    table = paired_table(several, metrics=["avg@4"], outside=["teacher"])
+    lines = [line for line in table.to_markdown(aligned=True).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert re.fullmatch(r"\| -+ \|( -+: \|)+", lines[1])

@@ -611,3 +611,21 @@ def test_half_precision_is_raised_before_it_is_compared(distance):
 def test_the_weight_of_jsd_lies_between_its_limits(beta):
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         FullKL("jsd", beta)
+
+
+def test_loss_of_says_what_its_terms_measured():
+    pair = embedded("same")
+    rollouts = HFSampler(pair.student, pair.tokenizer).sample(
+        pair.task.train["prompt"][:2], max_new_tokens=10
+    )
+    teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
+    _, metrics = loss_of(Representation(), pair.student, teacher, rollouts, pair.tokenizer)
+    cosines = {name: value for name, value in metrics.items() if "cosine" in name}
+    assert cosines and all(0 < value < 1 for value in cosines.values())
+    _, nothing = loss_of(Sized(), pair.student, teacher, rollouts, pair.tokenizer)
+    assert not any("cosine" in name for name in nothing)
+
+
+def test_defaults_of_terms():
+    assert not Sized().predicting
+    assert "layer_pairs" not in repr(Representation())

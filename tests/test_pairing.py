@@ -3,6 +3,7 @@
 There tokens split characters, and some text cannot be trusted.
 """
 
+import itertools
 import random
 import warnings
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
@@ -27,7 +29,7 @@ from oprd_nb.pairing.positions import (
     identity_pairs,
     pair_positions,
 )
-from oprd_nb.pairing.token_bytes import _TokenBytes, fingerprint, vocabulary_bytes
+from oprd_nb.pairing.token_bytes import _byte_alphabet, _TokenBytes, fingerprint, vocabulary_bytes
 from oprd_nb.rollouts.samplers import HFSampler
 
 TEMPLATE = (
@@ -365,3 +367,28 @@ def test_a_prompt_that_comes_again_is_encoded_as_itself():
     read = pair_positions(rollouts, pair.tokenizer, pair.teacher_tokenizer, 0.0).teacher_inputs
     ids = [row[mask.bool()].tolist() for row, mask in zip(read.input_ids, read.attention_mask, strict=True)]
     assert ids[0] == ids[2] != ids[1]
+
+
+def test_the_similarity_pairing_is_the_best_of_all_in_order():
+    """Against every non-decreasing assignment of three student layers to four teacher layers."""
+    similarity = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.8, 0.2, 0.5, 0.1], [0.7, 0.1, 0.2, 0.6]])
+    found = pair_layers(3, 4, how="similarity", similarity=similarity)
+    every = itertools.combinations_with_replacement(range(4), 3)
+    best = max(every, key=lambda chosen: sum(float(similarity[l, t]) for l, t in enumerate(chosen)))
+    assert found == [(l + 1, t + 1) for l, t in enumerate(best)]
+
+
+def test_the_byte_alphabet_is_gpt2s():
+    assert _byte_alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def test_fingerprints_see_the_scores_of_a_unigram_model():
+    def unigram(score):
+        pieces = [("<unk>", 0.0), ("a", -1.0), ("b", -1.0), ("ab", score)]
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), unk_token="<unk>"
+        )
+
+    likely, unlikely = unigram(-0.5), unigram(-5.0)
+    assert likely("ab")["input_ids"] != unlikely("ab")["input_ids"]
+    assert fingerprint(likely) == fingerprint(unigram(-0.5)) != fingerprint(unlikely)

@@ -15,7 +15,7 @@ from oprd_nb.objectives.terms import as_objective
 from oprd_nb.pairing.positions import identity_pairs
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.teachers import Teacher
-from oprd_nb.training.batching import bucket_by_length, micro_batches, trim_padding
+from oprd_nb.training.batching import MicroBatch, bucket_by_length, micro_batches, trim_padding
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 2000))
@@ -130,3 +130,12 @@ def test_trimming_keeps_holes():
     response = torch.tensor([[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0]]).bool()
     part, columns = trim_padding(Rollouts(ids, attention, response), torch.tensor([0, 1]))
     assert columns == slice(1, 5) and part.input_ids.tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
+
+
+def test_parts_of_a_micro_batch_are_whole_without_a_budget():
+    rollouts = ragged("left")
+    batch = MicroBatch(rollouts, identity_pairs(rollouts), torch.tensor([1]))
+    assert batch.parts(0)[0] is batch
+    parts = batch.parts(int(rollouts.attention_mask.sum(1).max()))
+    assert len(parts) > 1
+    assert sum(len(part.rollouts) for part in parts) == len(rollouts)

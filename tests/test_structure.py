@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd_nb.structure.moments import CHUNK, Moments, effective_rank, pca_spectrum, planted_pair
+from oprd_nb.structure.moments import (
+    CHUNK,
+    Moments,
+    PairMoments,
+    check_stored,
+    effective_rank,
+    pca_spectrum,
+    planted_pair,
+)
 from oprd_nb.structure.ranks import (
     best_rank,
     component_r2,
@@ -592,3 +600,17 @@ def test_two_groups_are_enough_and_one_is_not():
             group_index(groups, 3)
     assert group_index(None, 3).tolist() == [0, 1, 2]
     assert group_index(None, 100).bincount().tolist() == [2] * 50
+
+
+def test_planted_students_have_the_spectrum_of_a_power_law():
+    """Standard deviations fall as the component's number to the power of -3/4; their mean square is 1."""
+    rows = planted_pair(4096, torch.linspace(9, 1, 6), torch.full((6,), 0.5), d_student=6, response_length=8)
+    spectrum = torch.linalg.eigvalsh(torch.cov(rows.student.double().T)).flip(0)
+    expected = torch.arange(1, 7, dtype=torch.float64) ** -1.5
+    assert torch.allclose(spectrum, expected / expected.mean(), rtol=0.1)
+
+
+def test_stored_moments_that_have_seen_nothing_are_accepted():
+    check_stored(PairMoments.empty(2, 3), 0, {})
+    with pytest.raises(ValueError, match="counts: -1"):
+        check_stored(PairMoments.empty(2, 3), -1, {})

@@ -71,6 +71,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'worst = [f"response {i}: {by_response[i]:.0%}" for i in by_response.argsort()[:5].tolist()]',
         "(6)",
     ): "how many responses a warning names",
+    (
+        "objectives/objective.py",
+        "return Target(make, shared_with=captured[key] if self.num_readers[key] > 1 else None)",
+        "(self.num_readers[key] >= 1)",
+    ): "what one term alone reads is kept a little longer; the numbers are the same",
     ("objectives/distances.py", "CHUNK_BYTES = 2**25", "(26)"): "the size of a chunk changes no result",
     ("structure/moments.py", "CHUNK = 1024", "(1025)"): "the size of a chunk changes no result",
     (
