@@ -1,5 +1,7 @@
 """The gradient of each term during a run: as the full gradients say, and without a trace in the weights."""
 
+from html import escape
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -9,7 +11,10 @@ from transformers import TrainerCallback
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL
 from oprd_nb.objectives.representation import Representation
+from oprd_nb.plots.report import report_html
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
+from oprd_nb.runs import read_run
+from oprd_nb.runs.tables import gradient_advice
 from oprd_nb.teachers import Teacher
 from oprd_nb.training import gradient_steps
 from oprd_nb.training.trainer import OPRDTrainer
@@ -162,3 +167,18 @@ def test_reentrant_checkpointing_is_refused_in_one_line(tmp_path):
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": True},
         )
+
+
+def test_the_report_advises_a_weight_and_draws_the_cosines(tmp_path):
+    """Twenty times smaller a gradient needs twenty times the weight; runs without measurements say nothing."""
+    train(tmp_path / "two", FullKL() + 3 * REP, max_steps=2)
+    train(tmp_path / "one", REP, max_steps=1)
+    table = read_run(tmp_path / "two").metrics
+    (line,) = gradient_advice(table)
+    weight = table["gradient/full/norm"].mean() / table["gradient/rep/norm"].mean()
+    assert line.startswith(f"gradient: rep pulls as hard as full at weight {weight:.3g} (cosine ")
+    assert gradient_advice(read_run(tmp_path / "one").metrics) == []
+    page = report_html([read_run(tmp_path / "two")])
+    assert escape(line) in page and "Gradient of each term" in page
+    without = report_html([read_run(tmp_path / "one")])
+    assert "Gradient of each term" not in without and "gradient: " not in without

@@ -53,7 +53,8 @@ from ..probing.states import collect, join_states
 from ..rollouts.prompts import PromptFormat, with_switches
 from ..rollouts.samplers import HFSampler, ReplaySampler, Sampler
 from ..rollouts.vllm import VLLMSampler
-from ..runs import method_style
+from ..runs import method_style, read_run
+from ..runs.tables import gradient_advice
 from ..tasks.problems import Task
 from ..teachers import Teacher
 from ..training.callbacks import changes_of_run, check_same_run, check_writable
@@ -407,6 +408,8 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
         for when, result in stage(request.method, request, settings, pair, sampler, teacher).items():
             print(f"{when}: {accuracy_of(result):.1%}")
         folder = Path(settings.output_dir)
+        for line in gradient_advice(read_run(folder).metrics):
+            print(line)
         print(f"run folder: {folder.resolve()}")
         print(f"next: {shlex.join(['oprd', 'report', str(folder), '--out', str(folder / 'report.html')])}")
 

@@ -22,11 +22,11 @@ import plotly.graph_objects as go
 from ..plots.lines import DASHES, default_window, downsample, rolling_mean, time_axis, to_float32
 from ..plots.theme import base_figure
 from oprd_nb.runs import (
-    METRICS,
     Method,
     RunPaths,
     merge_line,
     method_style,
+    metric_of,
     parse_line,
     problem_scores,
     read_settings,
@@ -188,7 +188,7 @@ class Panel:
 
     title: str
     metrics: tuple[str, ...]
-    """Keys of METRICS; the second is drawn pale."""
+    """Names or keys of METRICS; the second is drawn pale."""
     note: str = ""
     log: bool = False
 
@@ -201,6 +201,11 @@ PANELS = {
     "entropy": Panel("Entropy", ("actor/entropy", "teacher/entropy"), "pale: the teacher's"),
     "overlap": Panel("Top-k overlap", ("topk/overlap_ratio",), "held-out text"),
     "snr": Panel("Gradient signal-to-noise", ("grad/snr",), "log scale", log=True),
+    "gradient": Panel(
+        "Gradient beside full KL's",
+        ("gradient/cosine/full~rep", "gradient/cosine/full~sampled"),
+        "of hidden states; pale: of the sampled token",
+    ),
 }
 
 # %% ../../nbs/31_explore/06_watching.ipynb #b600000f
@@ -265,7 +270,7 @@ def panel_figure(
     For each run and metric it has a trace of points and one of a line, also where nothing was logged yet:
     a figure on the screen gets new numbers but never new traces.
     """
-    metric = METRICS[panel.metrics[0]]
+    metric = metric_of(panel.metrics[0])
     fig = small_figure(panel.title, panel.note, metric.is_share)
     longest = [run.table["seconds"].max() for run in runs if "seconds" in run.table and len(run.table)]
     divisor = time_axis(fig, axis, max(longest, default=0.0))

@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "overlap_curve",
             "entropy_curves",
             "snr_curve",
+            "gradient_curve",
         ],
         "outcomes": ["pareto_bubble", "mu_sweep", "position_cosine", "rank_cosine"],
         "evaluations": ["plot_evaluations"],
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         overlap_curve as overlap_curve,
         entropy_curves as entropy_curves,
         snr_curve as snr_curve,
+        gradient_curve as gradient_curve,
     )
     from .outcomes import (
         pareto_bubble as pareto_bubble,

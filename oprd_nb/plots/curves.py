@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['measured_on', 'accuracy_curve', 'length_curve', 'cosine_curve', 'layer_cosine', 'layer_heatmap', 'pg_loss_curve',
-           'overlap_curve', 'entropy_curves', 'snr_curve']
+           'overlap_curve', 'entropy_curves', 'snr_curve', 'gradient_curve']
 
 # %% ../../nbs/30_plots/03_curves.ipynb #00000005
+import re
+from itertools import cycle
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .lines import add_series, add_teacher, curve, downsample
+from .lines import DASHES, add_series, add_teacher, curve, downsample
 from .paper import PAPER_TABLES, add_paper_levels
 from .theme import base_figure
 from ..runs.folder import METRICS, method_style, metric_of
@@ -168,3 +171,23 @@ def snr_curve(runs: Runs, axis: str = "step", smooth: int | None = None) -> go.F
         trace.y = np.where(trace.y > 0, trace.y, np.nan)
     title = f"{METRICS['grad/snr'].axis} (log scale)"
     return fig.update_yaxes(type="log", tickformat="~g", title_text=title)
+
+# %% ../../nbs/30_plots/03_curves.ipynb #530c5189
+def gradient_curve(runs: Runs, axis: str = "step", smooth: int | None = None) -> go.Figure:
+    """Cosine of each term's gradient with full KL's, at the steps where it was measured."""
+    table = metrics_table(runs)
+    pairs = {}
+    for name in table:
+        match = re.fullmatch(r"gradient/cosine/(.+)~(.+)", name)
+        if match and "full" in match.groups():
+            pairs[name] = next(term for term in match.groups() if term != "full")
+    if not pairs:
+        raise ValueError("runs: none of them measured gradients beside full KL's; train with gradient_every")
+    fig = base_figure(
+        "Gradient of each term",
+        "cosine with the gradient of full KL, on a few responses of a step",
+        y=METRICS["gradient/cosine/<one>~<other>"].axis,
+    )
+    for dash, (name, term) in zip(cycle(DASHES), pairs.items(), strict=False):
+        add_series(fig, table, name, axis, smooth, term, dash)
+    return fig

@@ -23,7 +23,7 @@ from .charts import draw_figures, figures_html, figures_script
 from .page import TABLE_SCRIPT, chip, page_html, scroll_box
 from .theme import format_bytes, format_percent, format_points, format_time
 from ..runs.folder import Run, method_style
-from ..runs.tables import as_runs, problem_scores, summary_table, teacher_accuracy
+from ..runs.tables import as_runs, gradient_advice, problem_scores, summary_table, teacher_accuracy
 from ..utils import bootstrap_interval, welch_interval, write_whole
 
 # %% ../../nbs/30_plots/10_report.ipynb #00000007
@@ -232,14 +232,18 @@ def term_in_words(text: str) -> str:
 
 # %% ../../nbs/30_plots/10_report.ipynb #ff0ce8ea
 def objectives_html(runs: Sequence[Run]) -> str:
-    """What each label was trained on, in words."""
-    lines = {}
+    """What each label was trained on, in words, and which weights its measured gradients advise."""
+    lines: dict[str, str] = {}
     for run in runs:
         stored = run.about.get("objective") or []
         stored = [stored] if isinstance(stored, str) else stored
         words = " + ".join(term_in_words(str(text)) for text in stored)
         if words:
             lines.setdefault(run.label, f"<li>{method_chip(run.method, run.label)}: {escape(words)}</li>")
+    advice = {run.label: gradient_advice(run.metrics) for run in runs}
+    for label, found in advice.items():
+        for line in found:
+            lines[f"{label}: {line}"] = f"<li>{escape(label)}: {escape(line)}</li>"
     return f"<ul class='objectives'>{''.join(lines.values())}</ul>" if lines else ""
 
 # %% ../../nbs/30_plots/10_report.ipynb #00000013

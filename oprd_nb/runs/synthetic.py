@@ -78,6 +78,7 @@ def synthetic_metrics(method: str, seed: int = 0, steps: int = 200, layers: int 
         if step % max(1, steps // 10) == 0:
             row["eval/avg@1"] = BEFORE + (shape.accuracy - BEFORE) * done + 0.015 * rng.normal()
             row["eval/cosine_similarity"] = cosine + 0.002 * rng.normal()
+            row["gradient/cosine/full~rep"] = 0.6 - 0.3 * done
             row["actor/entropy"] = 0.5 - 0.3 * done
             row["teacher/entropy"] = 0.18
             row["topk/overlap_ratio"] = 0.7 + 0.25 * done

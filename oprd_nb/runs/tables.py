@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runs', 'NUMBERS', 'as_runs', 'require_columns', 'run_labels', 'metrics_table', 'layer_table', 'accuracy_metric',
            'problem_scores', 'ran_on_cpu', 'peak_memory', 'final_metrics', 'summary_table', 'summary_entries',
-           'add_to_summary', 'teacher_accuracy', 'set_scores', 'mu_table']
+           'add_to_summary', 'teacher_accuracy', 'set_scores', 'mu_table', 'gradient_advice']
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000004
 import json
@@ -261,3 +261,30 @@ def mu_table(runs: Runs) -> pd.DataFrame:
     ]
     table = summary_table(by_weight)
     return table.assign(mu=table["label"].astype(float)).sort_values("mu")
+
+# %% ../../nbs/22_runs/03_tables.ipynb #9afa5dfa
+_NORM = re.compile(r"gradient/([^/~]+)/norm")
+
+
+def gradient_advice(metrics: pd.DataFrame) -> list[str]:
+    """One line per term: the weight at which it pulls as hard as full KL, from a run's table of metrics.
+
+    Compared with the first term where full KL was not measured. [] for runs without measurements.
+    """
+    terms = [match[1] for match in map(_NORM.fullmatch, metrics.columns) if match]
+    if len(terms) < 2:
+        return []
+    base = "full" if "full" in terms else terms[0]
+    norms = {term: metrics[f"gradient/{term}/norm"].mean() for term in terms}
+    count = int(metrics[f"gradient/{base}/norm"].count())
+    lines = []
+    for term in terms:
+        if term == base or not norms[term] > 0:
+            continue
+        one, other = sorted((base, term))
+        cosine = metrics[f"gradient/cosine/{one}~{other}"].mean()
+        lines.append(
+            f"gradient: {term} pulls as hard as {base} at weight {norms[base] / norms[term]:.3g} "
+            f"(cosine {cosine:.2f}; {count} measurements)"
+        )
+    return lines
