@@ -170,7 +170,7 @@ def test_reentrant_checkpointing_is_refused_in_one_line(tmp_path):
 
 
 def test_the_report_advises_a_weight_and_draws_the_cosines(tmp_path):
-    """Twenty times smaller a gradient needs twenty times the weight; runs without measurements say nothing."""
+    """The weight is the quotient of the norms; runs without measurements say nothing."""
     train(tmp_path / "two", FullKL() + 3 * REP, max_steps=2)
     train(tmp_path / "one", REP, max_steps=1)
     table = read_run(tmp_path / "two").metrics
