@@ -1,6 +1,8 @@
 """Samplers: what they promise to every caller."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from oprd_nb.core import Rollouts
 from oprd_nb.models.loading import end_tokens, load_model
 from oprd_nb.models.pairs import embedded
-from oprd_nb.rollouts import samplers
+from oprd_nb.rollouts import samplers, writing
 from oprd_nb.rollouts.batches import bytes_per_token, run_in_batches
 from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import (
@@ -23,6 +25,9 @@ from oprd_nb.rollouts.samplers import (
     response_log_probs,
 )
 from oprd_nb.rollouts.settings import SamplingSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from families import tiny_model
 
 
 def test_batches_change_neither_order_nor_greedy_answers(same):
@@ -396,3 +401,43 @@ def test_a_copy_does_not_call_the_wrapped_forward_of_the_original(same):
         same.student.lm_head.weight.zero_()
     written = sampler.sample(same.task.test["prompt"][:2], temperature=0, max_new_tokens=5)
     assert (written.log_probs[written.response_mask] > -1).any(), "the copy kept its head"
+
+
+def two_ways(monkeypatch, model, tokenizer, ends, **settings):
+    """What is written in batches that shrink, and in fixed ones; and how many rows were computed."""
+    written, computed = [], []
+    monkeypatch.setattr(samplers.HFSampler, "eos_token_ids", ends)
+    rows = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    for fixed in (False, True):
+        if fixed:
+            monkeypatch.setattr(writing, "shrinking_cache", lambda model: None)
+        rows.clear()
+        prompts = [[3, 4, 6, 7], [8, 10], [11, 12, 13], [14]]
+        written.append(HFSampler(model, tokenizer).sample(prompts, n=3, max_new_tokens=24, **settings))
+        computed.append(sum(rows))
+    return written, computed
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma3_text", "phi3", "bloom", "qwen3_5_text", "gemma3n_text"]
+)
+def test_a_batch_that_shrinks_writes_what_a_fixed_one_writes(family, monkeypatch):
+    (shrinking, fixed), computed = two_ways(
+        monkeypatch, tiny_model(family), embedded("same").tokenizer, [1, 2, 5, 9]
+    )
+    assert shrinking.responses() == fixed.responses()
+    assert torch.allclose(shrinking.log_probs, fixed.log_probs, atol=1e-4)
+    can_shrink = family not in ("qwen3_5_text", "gemma3n_text")
+    assert (computed[0] < computed[1]) == can_shrink
+
+
+def test_a_shrinking_batch_keeps_penalties_temperature_and_stop_texts(monkeypatch):
+    pair = embedded("same")
+    settings = dict(temperature=1.3, top_p=0.95, repetition_penalty=1.2, stop=("1", "44"))
+    (shrinking, fixed), computed = two_ways(monkeypatch, pair.student, pair.tokenizer, [2], **settings)
+    assert shrinking.responses() == fixed.responses()
+    assert torch.allclose(shrinking.log_probs, fixed.log_probs, atol=1e-5)
+    assert computed[0] < computed[1]

@@ -37,9 +37,10 @@ def bytes_per_token(model: nn.Module) -> int:
     if cache is None:
         return 0
     config = cast(PreTrainedModel, model).config.get_text_config()
-    width = 8 * config.hidden_size + 3 * (
-        getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    )
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Gemma 3n names one for each layer.
+    widest = max(inner) if isinstance(inner, list | tuple) else inner
+    width = 8 * config.hidden_size + 3 * widest
     return cache + width * cast(PreTrainedModel, model).dtype.itemsize
 
 # %% ../../nbs/06_rollouts/01c_batches.ipynb #e75e83de
