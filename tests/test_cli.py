@@ -19,10 +19,12 @@ from oprd_nb.capture import FINAL
 from oprd_nb.cli import main
 from oprd_nb.cli.demo import BEST_LEARNING_RATE
 from oprd_nb.cli.dispatch import COMMANDS
-from oprd_nb.cli.train import TrainArguments, objective_of
+from oprd_nb.cli.train import TrainArguments, objective_of, stages_of
 from oprd_nb.core import Rollouts
-from oprd_nb.runs import mu_table
+from oprd_nb.runs import mu_table, read_run
+from oprd_nb.runs.tables import final_metrics
 from oprd_nb.structure.moments import Moments
+from oprd_nb.training.config import OPRDConfig
 from oprd_nb.training.experiment import bridge_term
 
 SHORT = [
@@ -178,7 +180,11 @@ def test_two_stages_in_one_command(tmp_path, capsys):
         )
         == 0
     )
-    first, second = tmp_path / "run", tmp_path / "run-then-opd-sampled"
+    second = tmp_path / "run"
+    first = second / "1-bridge"
+    assert (
+        f"stages: 1 steps of bridge (in {first}), then 1 of opd-sampled: 2 in all" in capsys.readouterr().out
+    )
     settings = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (first, second)]
     assert [s["method"] for s in settings] == ["bridge", "opd-sampled"] and [
         s["learning_rate"] for s in settings
@@ -189,6 +195,24 @@ def test_two_stages_in_one_command(tmp_path, capsys):
         for path in (first / "eval" / "after.parquet", second / "eval" / "before.parquet")
     )
     assert after.response.equals(before.response)  # the second stage starts from the first one's student
+    whole, *parts = [final_metrics(read_run(folder)) for folder in (second, first)]
+    assert whole["updates"] == 2 and parts[0]["updates"] == 1
+    assert whole["before"] == parts[0]["before"] and whole["rollout_tokens"] > parts[0]["rollout_tokens"] > 0
+    assert whole["seconds"] > parts[0]["seconds"]
+
+
+def test_two_stages_share_the_steps():
+    asked = TrainArguments("s", "t", "p", method="bridge", then="opd-sampled")
+    split = [config.max_steps for _, config in stages_of(asked, OPRDConfig("runs/a", max_steps=7))]
+    assert split == [4, 3]
+    asked.then_steps = 5
+    (_, first), (request, last) = stages_of(asked, OPRDConfig("runs/a", max_steps=7))
+    assert (first.max_steps, last.max_steps, request.then_steps) == (2, 5, 0)
+    asked.then_steps = 7
+    with pytest.raises(ValueError, match="then_steps=7: leaves no step of max_steps=7"):
+        stages_of(asked, OPRDConfig("runs/a", max_steps=7))
+    with pytest.raises(ValueError, match="max_steps=1: --then needs a step for each stage"):
+        stages_of(asked, OPRDConfig("runs/a", max_steps=1))
 
 
 @pytest.mark.filterwarnings("ignore:only .* of the student's tokens")

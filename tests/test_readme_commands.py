@@ -67,7 +67,7 @@ def test_readme_names_commands():
 def test_readmes_commands_run(tmp_path, monkeypatch, capsys):
     run_all(commands(), False, tmp_path, monkeypatch, capsys)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
-    assert (tmp_path / "runs" / "two-stages-then-opd-sampled" / "summary.json").is_file()
+    assert (tmp_path / "runs" / "two-stages" / "1-bridge" / "summary.json").is_file()
     assert (tmp_path / "my-model" / "config.json").is_file()
 
 

@@ -222,6 +222,7 @@ LIMITS: dict[str, Range] = {
     "temperature": (0, 100),
     "test_limit": (0, MANY),
     "then_learning_rate": (0, 100),
+    "then_steps": (0, MANY),
     "top_k": (0, MANY),
     "top_p": (1e-6, 1),
 }

@@ -31,13 +31,17 @@ from ..training.config import OPRDConfig
 from ..training.experiment import BRIDGE_KINDS, METHODS, bridge_term
 
 # %% ../../nbs/60_cli/03b_request.ipynb #894dcdb4
+_THEN = "Of its own; by default the same rate, and half of --max_steps"
+
+
 @dataclass
 class MethodArguments:
     """What the student is asked to match."""
 
     method: str = HfArg(default="oprd", help="Objective.", metadata={"choices": (*METHODS, *BRIDGE_KINDS)})
-    then: str = HfArg(default="", help="Method to go on with, from that student, for as many steps again.")
-    then_learning_rate: float = HfArg(default=0.0, help="Its learning rate; by default the same.")
+    then: str = HfArg(default="", help="Method to go on with from that student; --max_steps is for both.")
+    then_learning_rate: float = HfArg(default=0.0, help=_THEN)
+    then_steps: int = HfArg(default=0, help=_THEN)
     bridge: str = HfArg(
         default="", help="Folder of a bridge for bridge and readout; by default one is fitted."
     )

@@ -35,7 +35,7 @@ from .train import check_output_dir, stages_of, train
 from ..plots.measured_page import measured_page
 from ..plots.sweeps import final_figure, over_seeds, style_of, sweep_figure
 from ..plots.theme import format_percent
-from ..runs.folder import RunPaths, read_run, read_settings, summary_value
+from ..runs.folder import RunPaths, read_run, read_settings
 from ..runs.tables import final_metrics
 from ..training.callbacks import changes_of_run
 from ..training.checkpoints import checkpoints_of
@@ -200,7 +200,8 @@ class Plan:
 
 # %% ../../nbs/60_cli/04b_sweep.ipynb #c7a2b012
 _OF_A_RESULT = (
-    "max_steps num_train_epochs test test_split test_limit samples eval_temperature then then_learning_rate"
+    "max_steps num_train_epochs test test_split test_limit samples eval_temperature then then_learning_rate "
+    "then_steps"
 ).split()
 """Settings that may change when a run is resumed, and on which its result depends."""
 
@@ -231,14 +232,14 @@ def row_of(cell: Cell) -> dict[str, Any]:
     """What a run ended with, as a row of sweep.csv; without numbers where it broke down."""
     row: dict[str, Any] = {"method": cell.method, **cell.setting}
     row |= {"learning_rate": cell.config.learning_rate, "seed": cell.seed, "split": cell.split}
-    numbers = ("before", "accuracy", "low", "high", "seconds")
+    numbers = ("before", "accuracy", "low", "high", "seconds", "updates", "rollout_tokens")
     _, config = last_stage(cell)
     if has_ended(cell):
         run = read_run(config.output_dir)
         found = final_metrics(run)
-        row |= {name: float(found[name]) for name in numbers} | {"steps": summary_value(run, "steps")}
+        row |= {name: float(found[name]) for name in numbers}
     else:
-        row |= dict.fromkeys((*numbers, "steps"), np.nan)
+        row |= dict.fromkeys(numbers, np.nan)
     return row | {"run": Path(config.output_dir).name}
 
 # %% ../../nbs/60_cli/04b_sweep.ipynb #1fd11f7b
@@ -248,7 +249,8 @@ _BROKE_DOWN = ("max_skipped", "max_nonfinite")
 
 def run_cell(cell: Cell) -> None:
     """Train, or go on from the last checkpoint. Training that breaks down is a line on stderr."""
-    cell.request.resume = bool(checkpoints_of(cell.config.output_dir))
+    stages = stages_of(cell.request, cell.config)
+    cell.request.resume = any(checkpoints_of(config.output_dir) for _, config in stages)
     try:
         with redirect_stdout(io.StringIO()), run_lock(cell.config.output_dir):
             train(cell.request, cell.config)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'PROMPTS_FOR_PAIRS', 'ARGUMENTS', 'format_of', 'bridge_of', 'training_prompts',
            'validation_problems', 'teacher_of', 'engine_settings', 'sampler_of', 'accuracy_of', 'layer_pairs_of',
-           'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'stages_of', 'check_output_dir',
-           'look_ahead', 'print_short', 'check_start', 'check_same_settings', 'train', 'after_interrupt', 'run']
+           'in_two_stages', 'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'steps_of_stages',
+           'stages_of', 'stages_line', 'check_output_dir', 'look_ahead', 'print_short', 'check_start',
+           'check_same_settings', 'train', 'after_interrupt', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import os
@@ -200,6 +201,12 @@ def layer_pairs_of(
     return pair_layers(*matrix.shape, how="similarity", similarity=matrix)
 
 # %% ../../nbs/60_cli/04_train.ipynb #6ba26ca4
+def in_two_stages(args: TrainArguments, config: OPRDConfig) -> bool:
+    """Whether this is the second of two stages, whose student is in a folder of its run folder."""
+    student = Path(args.student)
+    return student.parent == config.folder and student.name.startswith("1-")
+
+
 def stage(
     method: str,
     args: TrainArguments,
@@ -218,6 +225,7 @@ def stage(
     about = {
         "label": f"{label} + {args.mu:g} OPRD" if args.mu else label,
         "bridge": None if bridge is None else repr(bridge),
+        "earlier_stages": [Path(args.student).name] if in_two_stages(args, config) else [],
         "command": args.command or " ".join(["oprd", "train", *sys.argv[2:]]),
     }
     return distil_pair(
@@ -293,19 +301,46 @@ def placement_of_run(args: TrainArguments, config: OPRDConfig, pair: ModelPair) 
     return "\n".join(filter(None, [line, *quantised]))
 
 # %% ../../nbs/60_cli/04_train.ipynb #13f42346
+def steps_of_stages(args: TrainArguments, config: OPRDConfig) -> tuple[int, int]:
+    """How many of `max_steps` each of two stages takes: half, or what `then_steps` leaves.
+
+    ValueError where one of them would have none.
+    """
+    later = args.then_steps or config.max_steps // 2
+    if config.max_steps < 2:
+        raise ValueError(f"max_steps={config.max_steps}: --then needs a step for each stage; give at least 2")
+    if later >= config.max_steps:
+        raise ValueError(
+            f"then_steps={later}: leaves no step of max_steps={config.max_steps} for --method; give fewer"
+        )
+    return config.max_steps - later, later
+
+
 def stages_of(args: TrainArguments, config: OPRDConfig) -> list[tuple[TrainArguments, OPRDConfig]]:
     """The one or two runs that a request asks for, each with its settings.
 
-    The second run's student is what the first one left in its folder.
+    The run that ends the request writes `output_dir`; an earlier one a folder in it. Both share `max_steps`.
     """
-    stages = [(args, config)]
-    if args.then:
-        request = replace(args, method=args.then, then="", then_learning_rate=0.0, student=config.output_dir)
-        later = copy(config)
-        later.output_dir = f"{config.output_dir}-then-{args.then}"
-        later.learning_rate = args.then_learning_rate or config.learning_rate
-        stages.append((request, later))
-    return stages
+    if not args.then:
+        return [(args, config)]
+    first = copy(config)
+    last = copy(config)
+    first.max_steps, last.max_steps = steps_of_stages(args, config)
+    first.output_dir = str(config.folder / f"1-{args.method}")
+    last.learning_rate = args.then_learning_rate or config.learning_rate
+    request = replace(
+        args, method=args.then, then="", then_learning_rate=0.0, then_steps=0, student=first.output_dir
+    )
+    return [(args, first), (request, last)]
+
+
+def stages_line(args: TrainArguments, config: OPRDConfig) -> str:
+    """Both stages of a request, and their steps in all."""
+    (_, first), (_, last) = stages_of(args, config)
+    return (
+        f"stages: {first.max_steps:,} steps of {args.method} (in {first.output_dir}), then "
+        f"{last.max_steps:,} of {args.then}: {config.max_steps:,} in all"
+    )
 
 
 def check_output_dir(config: OPRDConfig) -> None:
@@ -373,9 +408,11 @@ def check_start(
 # %% ../../nbs/60_cli/04_train.ipynb #10da4eb7
 def check_same_settings(args: TrainArguments, config: OPRDConfig) -> None:
     """ValueError where a run that is resumed was started with other settings; before a model is loaded."""
-    if checkpoints_of(config.output_dir):
-        settings = settings_of(config) | settings_of_request(args)
-        check_same_run(changes_of_run(config.output_dir, settings, {}), config.resume_anyway)
+    for request, stage_config in stages_of(args, config):
+        if checkpoints_of(stage_config.output_dir):
+            settings = settings_of(stage_config) | settings_of_request(request)
+            found = changes_of_run(stage_config.output_dir, settings, {})
+            check_same_run(found, config.resume_anyway)
 
 # %% ../../nbs/60_cli/04_train.ipynb #a084f61b
 def train(args: TrainArguments, config: OPRDConfig) -> None:
@@ -402,6 +439,8 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
     print_short(
         findings_at_start(pair.student, pair.tokenizer, teacher, config, pair.task.train, of_student, sampler)
     )
+    if args.then:
+        print(stages_line(args, config))
     for request, settings in stages_of(args, config):
         for parameter in trainable:
             parameter.requires_grad_(True)  # an earlier stage froze what its loss does not reach
@@ -417,15 +456,19 @@ def train(args: TrainArguments, config: OPRDConfig) -> None:
 def after_interrupt(args: TrainArguments, config: OPRDConfig) -> str:
     """What a stopped `oprd train` has, and the command that goes on, in one line."""
     given = [value for value in sys.argv[2:] if not value.startswith("--resume")]
-    return what_is_safe(config.output_dir or "the run", shlex.join(["oprd", "train", *given]))
+    stages = [] if config.output_dir is None else [str(c.output_dir) for _, c in stages_of(args, config)]
+    begun = [folder for folder in stages if checkpoints_of(folder)]
+    folder = begun[-1] if begun else config.output_dir
+    return what_is_safe(folder or "the run", shlex.join(["oprd", "train", *given]))
 
 # %% ../../nbs/60_cli/04_train.ipynb #6108cce5
 ARGUMENTS = (TrainArguments, OPRDConfig)
 
 
 def run(args: TrainArguments, config: OPRDConfig) -> None:
-    """Distil into `--output_dir`; with `--then`, go on from there into `<output_dir>-then-<method>`."""
+    """Distil into `--output_dir`; with `--then`, by two methods that share the steps."""
     check_methods(args)
+    stages_of(args, config)
     take_card(args, config)
     if args.dry_run:
         look_ahead(args, config)

@@ -148,6 +148,8 @@ def _method_cells(row: dict, is_best: bool) -> list[str]:
         known(row["delta_peak"], format_bytes),
         known(row["length"], "{:,.1f}".format),
         known(row["truncated"], format_percent),
+        known(row["updates"], "{:,.0f}".format),
+        known(row["rollout_tokens"], "{:,.0f}".format),
     ]
 
 # %% ../../nbs/30_plots/10_report.ipynb #1752c4c7
@@ -162,6 +164,8 @@ _HEADINGS = (
     "Δ-peak memory",
     "Tokens",
     "Cut off",
+    "Updates",
+    "Rollout tokens",
 )
 
 
@@ -173,7 +177,7 @@ def methods_table(table: pd.DataFrame, teacher: Mapping[str, float] | None = Non
     ranked = table.sort_values("accuracy", ascending=False).to_dict("records")
     rows = [_method_cells(row, is_best=place == 0) for place, row in enumerate(ranked)]
     if teacher:
-        unknown = dict.fromkeys(("before", "seconds", "delta_peak"), np.nan)
+        unknown = dict.fromkeys(("before", "seconds", "delta_peak", "updates", "rollout_tokens"), np.nan)
         row = {"method": "teacher", "label": "Teacher", "seeds": 1} | unknown | dict(teacher)
         rows.append(_method_cells(row, is_best=False))
     shown = [place for place in range(len(_HEADINGS)) if place != 7 or table["delta_peak"].notna().any()]

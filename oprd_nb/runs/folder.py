@@ -257,6 +257,7 @@ _KINDS: Kinds = {
     "device": str,
     "objective": (list, str),
     "versions": dict,
+    "earlier_stages": list,
     "seconds": NUMBER,
     "steps": NUMBER,
 }

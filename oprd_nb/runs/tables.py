@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Runs', 'NUMBERS', 'as_runs', 'require_columns', 'run_labels', 'metrics_table', 'layer_table', 'accuracy_metric',
-           'problem_scores', 'ran_on_cpu', 'peak_memory', 'final_metrics', 'summary_table', 'summary_entries',
-           'add_to_summary', 'teacher_accuracy', 'set_scores', 'mu_table', 'gradient_advice']
+           'problem_scores', 'ran_on_cpu', 'peak_memory', 'rollout_tokens', 'stages_before', 'final_metrics',
+           'summary_table', 'summary_entries', 'add_to_summary', 'teacher_accuracy', 'set_scores', 'mu_table',
+           'gradient_advice']
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000004
 import json
@@ -105,7 +106,10 @@ def problem_scores(samples: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/22_runs/03_tables.ipynb #ca5c7d6d
 NUMBERS = ["before", "accuracy", "low", "high", "seconds", "delta_peak", "length", "truncated"]
-"""Columns of `summary_table`: shares, seconds, bytes, tokens per response, share of responses cut off."""
+NUMBERS += ["updates", "rollout_tokens"]
+"""Columns of `summary_table`: shares, seconds, bytes, tokens per response, share of responses cut off.
+
+And what it cost, with seconds: steps of the optimizer and sampled tokens, of all stages."""
 
 # %% ../../nbs/22_runs/03_tables.ipynb #8d753170
 def ran_on_cpu(config: Mapping, about: Mapping) -> bool:
@@ -128,16 +132,42 @@ def peak_memory(peaks: Sequence[float], on_cpu: bool) -> float:
     return float(max(known[3:] or known))
 
 # %% ../../nbs/22_runs/03_tables.ipynb #f60432ff
+def rollout_tokens(run: Run) -> float:
+    """Tokens that a run sampled for training, from the mean lengths it logged; NaN where it did not."""
+    responses = run.about.get("responses_per_step", np.nan)
+    if "response_length/mean" not in run.metrics:
+        return np.nan
+    logged = run.metrics.dropna(subset=["response_length/mean"])
+    steps = logged["step"].diff().fillna(logged["step"])
+    return float((logged["response_length/mean"] * steps).sum() * responses)
+
+
+def _budget(run: Run) -> dict:
+    """Seconds, updates and rollout tokens of one stage."""
+    seconds = summary_value(run, "seconds")
+    if np.isnan(seconds) and "seconds" in run.metrics:
+        seconds = run.metrics["seconds"].max()
+    return {"seconds": seconds, "updates": summary_value(run, "steps"), "rollout_tokens": rollout_tokens(run)}
+
+
+def stages_before(run: Run) -> list[Run]:
+    """The earlier stages of a run in two, from the folders that its about.json names."""
+    folders = [run.path / str(name) for name in run.about.get("earlier_stages") or []]
+    return [read_run(folder) for folder in folders if RunPaths(folder).config.is_file()]
+
+# %% ../../nbs/22_runs/03_tables.ipynb #fb26d6a6
 def final_metrics(run: Run) -> dict:
-    """How one run ended, a value for each of `NUMBERS`; NaN where unknown. The interval is over problems."""
+    """How one run ended, a value for each of `NUMBERS`; NaN where unknown. The interval is over problems.
+
+    Of a run in stages: from before the first to after the last, at the cost of all.
+    """
+    stages = [*stages_before(run), run]
     row = {"method": run.method, "label": run.label} | dict.fromkeys(NUMBERS, np.nan)
     peaks = run.metrics.get("memory/delta_peak", pd.Series(dtype=float))
     row["delta_peak"] = peak_memory(peaks.tolist(), ran_on_cpu(run.config, run.about))
-    row["seconds"] = summary_value(run, "seconds")
-    if np.isnan(row["seconds"]) and "seconds" in run.metrics:
-        row["seconds"] = run.metrics["seconds"].max()
-    if "before" in run.evals:
-        row["before"] = problem_scores(run.evals.grades("before"))["avg"].mean()
+    row |= pd.DataFrame([_budget(one) for one in stages]).sum(skipna=False).to_dict()
+    if "before" in stages[0].evals:
+        row["before"] = problem_scores(stages[0].evals.grades("before"))["avg"].mean()
     if "after" in run.evals:
         samples = run.evals.grades("after")
         scores = problem_scores(samples)["avg"].to_numpy()

@@ -82,9 +82,9 @@ _MAY_DIFFER = frozenset(
     "max_steps num_train_epochs logging_steps logging_strategy logging_first_step save_steps save_strategy "
     "save_total_limit save_only_model eval_steps eval_strategy eval_on_start eval_samples eval_temperature "
     "per_device_eval_batch_size load_best_model_at_end metric_for_best_model greater_is_better test "
-    "test_split test_limit validation samples then then_learning_rate teacher_device logprob_tolerance "
-    "token_budget gradient_every run_name project use_cpu dataloader_num_workers activation_checkpointing "
-    "push_to_hub hub_model_id".split()
+    "test_split test_limit validation samples then then_learning_rate then_steps teacher_device "
+    "logprob_tolerance token_budget gradient_every run_name project use_cpu dataloader_num_workers "
+    "activation_checkpointing push_to_hub hub_model_id".split()
 )
 """Settings that do not change what a run learns, or, as more steps, only how long it goes on."""
 
