@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INDEX', 'KEY_BYTES', 'CacheSettings', 'bytes_per_position', 'sequence_keys', 'first_columns', 'stored_positions',
            'CacheSize', 'settings_of_cache', 'read_index', 'write_index', 'check_same', 'save_description',
-           'model_without_weights', 'Shard', 'stored_keys', 'CachePlan', 'CacheWriter', 'write_cache', 'StoredStates',
-           'unserved', 'CachedStates', 'CachedPlaces', 'CachedTeacher']
+           'model_without_weights', 'Shard', 'stored_keys', 'CachePlan', 'CacheWriter', 'in_batches', 'check_space',
+           'write_cache', 'StoredStates', 'unserved', 'CachedStates', 'CachedPlaces', 'CachedTeacher']
 
 # %% ../nbs/09c_cached.ipynb #938cc79f
 import hashlib
@@ -318,6 +318,20 @@ class CacheWriter(CachePlan):
         write_index(self.folder, self.settings, self.shards)
         self.done.update(shard.keys)
 
+# %% ../nbs/09c_cached.ipynb #aa143754
+def in_batches(rollouts: Rollouts, size: int) -> list[Rollouts]:
+    """Neighbouring rollouts, `size` at a time."""
+    numbers = range(len(rollouts))
+    return [rollouts.select(numbers[start : start + size]) for start in numbers[::size]]
+
+# %% ../nbs/09c_cached.ipynb #09f61c77
+def check_space(folder: Path, size: CacheSize) -> None:
+    """OSError where the disk has no space for a cache of this size."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size.bytes > free:
+        raise OSError(f"folder={str(folder)!r}: {size}, but {free / 1e6:,.0f} MB are free there")
+
 # %% ../nbs/09c_cached.ipynb #038b496c
 def write_cache(
     folder: str | Path,
@@ -334,17 +348,11 @@ def write_cache(
     `settings_of_cache`, and `shard_bytes`. Called again, it goes on behind the last whole shard.
     ValueError for a folder with another cache, OSError where the disk has no space for it.
     """
-    batches = rollouts
-    if isinstance(batches, Rollouts):
-        starts = range(0, len(batches), batch_size)
-        batches = [batches.select(range(i, min(i + batch_size, len(batches)))) for i in starts]
+    batches = in_batches(rollouts, batch_size) if isinstance(rollouts, Rollouts) else rollouts
     writer = CacheWriter(folder, teacher, tokenizer, **options)
     size = writer.expected(batches)
     print(f"{folder}: {size} to write")
-    parent = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    if size.bytes > free:
-        raise OSError(f"folder={str(folder)!r}: {size}, but {free / 1e6:,.0f} MB are free there")
+    check_space(Path(folder), size)
     if size.responses:
         writer.write(batches)
     return size

@@ -47,10 +47,8 @@ def check_alike(teachers: Mapping[str, Teacher]) -> None:
     for name, shape in others:
         unlike = [what for what, value in shape.items() if value != reference[what]]
         if unlike:
-            raise ValueError(
-                f"teachers: {name!r} and {first!r} differ in {', '.join(unlike)}; use teachers of one shape, "
-                "or a run for each"
-            )
+            what = ", ".join(unlike)
+            raise ValueError(f"teachers: {name!r} and {first!r} differ in {what}; use teachers of one shape")
 
 # %% ../nbs/09b_several.ipynb #d4c8a8ba
 class SeveralTeachers(Teacher):

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "terms": ["Term", "TermInputs", "Objective"],
         "representation": ["Representation"],
         "output_space": ["SampledTokenKL", "TopKKL", "FullKL"],
+        "followups": ["Transitions", "Relational", "Weighted", "TopKTailKL"],
         "objective": ["TermLosses", "position_losses", "reduce_losses", "loss_of", "loss_on_pairs"],
     },
 )
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from .terms import Term as Term, TermInputs as TermInputs, Objective as Objective
     from .representation import Representation as Representation
     from .output_space import SampledTokenKL as SampledTokenKL, TopKKL as TopKKL, FullKL as FullKL
+    from .followups import (
+        Relational as Relational,
+        TopKTailKL as TopKTailKL,
+        Transitions as Transitions,
+        Weighted as Weighted,
+    )
     from .objective import (
         TermLosses as TermLosses,
         loss_of as loss_of,

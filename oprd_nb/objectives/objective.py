@@ -248,7 +248,8 @@ def losses_of_terms(
             continue
         targets = plan.teacher_targets(number, teacher)
         following = next_tokens.flatten()[index]
-        inputs = TermInputs(plan.layer_pairs[number], states, targets, following, *heads)
+        responses = index // next_tokens.shape[1]
+        inputs = TermInputs(plan.layer_pairs[number], states, targets, following, *heads, responses)
         results.append(_checked(term, term.per_position(inputs), len(index)))
     return results
 
@@ -306,7 +307,7 @@ def position_losses(
     term_losses = []
     for number, (losses, metrics) in enumerate(results):
         weight, term = objective.terms[number]
-        scale = 1.0 if term.needs_head else teacher.loss_scale
+        scale = teacher.loss_scale if term.compares_states else 1.0
         # A split student's head may be on another device than its embeddings.
         metrics = {name: values.to(device) for name, values in metrics.items()}
         mask = plan.masks[number]

@@ -44,6 +44,7 @@ class TermInputs:
     `student[i]`: (n, d_student), selected when it is asked for.
     `teacher[i]`: the `Target` it is compared with; `take()` hands it over, and it may then be overwritten.
     `next_tokens`: the token that follows each position.
+    `responses`: the number of the response that each position is in, ascending; None: all in one.
     """
 
     layer_pairs: Sequence[LayerPair]
@@ -52,6 +53,7 @@ class TermInputs:
     next_tokens: Int[Tensor, "n"]
     student_head: Head = no_head
     teacher_head: Head = no_head
+    responses: Int[Tensor, "n"] | None = None
 
 # %% ../../nbs/20_objectives/02_terms.ipynb #d8d90f26
 class Weighable(ABC):
@@ -97,6 +99,10 @@ class ComparedStates(Addable):
     def student_layers(self, num_student_layers: int) -> list[LayerKey]:
         """The student's layers this term reads: those of `compared_layers`."""
         return [layer for layer, _ in self.compared_layers(num_student_layers, num_student_layers)]
+
+    def trained_layers(self, num_student_layers: int) -> list[LayerKey]:
+        """Those of `student_layers` through which a gradient flows: all of them, but for special terms."""
+        return self.student_layers(num_student_layers)
 
     def compared_layers(self, num_student_layers: int, num_teacher_layers: int) -> list[LayerPair]:
         """(student layer, teacher layer) for each of `student_layers`."""
@@ -144,10 +150,19 @@ class Term(ComparedStates):
     predicting: bool = False
     """Read the position before each chosen token, whose logits predict it."""
     needs_head: bool = False
+    trains_head: bool = True
+    """Whether its gradient reaches the student's head, if it needs one."""
+    any_width: bool = False
+    """Compares within each model, so that student and teacher may differ in width without a bridge."""
     final_norm: Any = None
     """Convention for the last layer (a bool), if this term reads hidden states by layer; else None."""
     bridge: Any = None
     """Frozen maps that both models' hidden states pass through, if any."""
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether hidden states are compared, and not only distributions."""
+        return not self.needs_head or self.final_norm is not None
 
     def as_objective(self) -> "Objective":
         """This term alone, with weight 1."""

@@ -355,7 +355,7 @@ def check_terms(
     student_width = width_of(student)
     teacher_width = width_of(teacher.model)
     for _, term in objective.terms:
-        needs_bridge = not term.needs_head and student_width != teacher_width
+        needs_bridge = term.compares_states and not term.any_width and student_width != teacher_width
         if needs_bridge and term.bridge is None:
             raise ValueError(
                 f"bridge=None: the student is {student_width} wide, the teacher {teacher_width}; "

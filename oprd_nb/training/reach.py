@@ -49,8 +49,8 @@ def with_all_experts(model: nn.Module, reached: set[int]) -> set[int]:
 
 # %% ../../nbs/23_training/05d_reach.ipynb #76a4e199
 def layers_read(objective: Objective, num_layers: int) -> list[LayerKey]:
-    """The student's layers that the terms of `objective` read."""
-    read = (key for _, term in objective.terms for key in term.student_layers(num_layers))
+    """The student's layers that the terms of `objective` read and train."""
+    read = (key for _, term in objective.terms for key in term.trained_layers(num_layers))
     return list(dict.fromkeys(read))
 
 
@@ -62,7 +62,7 @@ def reached_parameters(model: nn.Module, objective: Objective) -> set[int]:
     with evaluating(model), torch.enable_grad():
         states = capture_with_grad(model, ids, mask, read, objective.final_norm)
         outputs = [states[layer] for layer in read]
-        if objective.needs_head:
+        if any(term.needs_head and term.trains_head for _, term in objective.terms):
             outputs.append(lm_head_of(model)(states[FINAL]))
     return with_all_experts(model, leaves_of(outputs))
 
