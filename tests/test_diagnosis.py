@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from oprd_nb import diagnosis
 from oprd_nb.cli.probe import ProbeArguments, probe_pair
-from oprd_nb.diagnosis import Measured, diagnose, read_tokens, recommend, summary_lines
+from oprd_nb.diagnosis import Lead, Measured, diagnose, read_tokens, recommend, summary_lines
 from oprd_nb.explore.layers import LayerExplorer, RankExplorer
 from oprd_nb.models.pairs import embedded
 from oprd_nb.probing.similarity import cka
@@ -18,6 +18,7 @@ from oprd_nb.probing.states import collect, join_states
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.structure import ridge
 from oprd_nb.teachers import Teacher
+from oprd_nb.utils import results_folder
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +189,31 @@ def test_a_model_against_itself_has_nothing_to_learn(pair, rollouts):
     assert agreement.to_numpy().min() > 0.99
     assert itself.recommendation.method == "oprd"
     assert np.isfinite(itself.curve["cosine"]).all()
+
+
+BRIDGED = Measured((8, 9), np.nan, np.nan, 4, 0.8, 1.0)
+
+
+def test_where_a_vocabulary_is_shared_the_output_space_is_named_with_stored_numbers():
+    recommended = recommend(BRIDGED._replace(shared_vocabulary=True))
+    assert recommended.method == "opd-full" and recommend(BRIDGED).method == "bridge"
+    assert recommended.title == "Distillation in output space, or a readout bridge"
+    stored = (
+        pd.read_csv(results_folder() / "cross_architecture_final.csv").groupby("method")["accuracy"].mean()
+    )
+    best_bridge = stored[
+        [name for name in stored.index if name.startswith("bridge") and ">" not in name]
+    ].max()
+    for accuracy in (stored["opd-full"], best_bridge, stored["readout"]):
+        assert f"{accuracy:.1%}" in str(recommended)
+
+
+@pytest.mark.parametrize(
+    "student, teacher, words",
+    [(2, 38, ""), (20, 20, "not shown to be better here"), (38, 2, "answers these problems worse")],
+)
+def test_a_teacher_that_is_not_better_is_doubted(student, teacher, words):
+    rights = [[i < right for i in range(40)] for right in (student, teacher)]
+    recommended = recommend(BRIDGED._replace(lead=Lead.of(*rights)))
+    assert words in recommended.doubt and bool(recommended.doubt) == bool(words)
+    assert "40 problems" in str(Lead.of(*rights)) and str(recommended).endswith(recommended.doubt)
