@@ -39,7 +39,7 @@ def is_full(error: Exception) -> bool:
     # Some libraries hand on the text only.
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
-
+# %% ../nbs/00_utils.ipynb #d3a2907f
 @contextmanager
 def naming_full_disk(path: str | Path) -> Iterator[None]:
     """OSError that names `path` and the way out where the block fails for want of space."""

@@ -315,7 +315,7 @@ def steps_of_stages(args: TrainArguments, config: OPRDConfig) -> tuple[int, int]
         )
     return config.max_steps - later, later
 
-
+# %% ../../nbs/60_cli/04_train.ipynb #58d2bd59
 def stages_of(args: TrainArguments, config: OPRDConfig) -> list[tuple[TrainArguments, OPRDConfig]]:
     """The one or two runs that a request asks for, each with its settings.
 
@@ -333,7 +333,7 @@ def stages_of(args: TrainArguments, config: OPRDConfig) -> list[tuple[TrainArgum
     )
     return [(args, first), (request, last)]
 
-
+# %% ../../nbs/60_cli/04_train.ipynb #e774862b
 def stages_line(args: TrainArguments, config: OPRDConfig) -> str:
     """Both stages of a request, and their steps in all."""
     (_, first), (_, last) = stages_of(args, config)
@@ -342,7 +342,7 @@ def stages_line(args: TrainArguments, config: OPRDConfig) -> str:
         f"{last.max_steps:,} of {args.then}: {config.max_steps:,} in all"
     )
 
-
+# %% ../../nbs/60_cli/04_train.ipynb #dbcfbba3
 def check_output_dir(config: OPRDConfig) -> None:
     """ValueError where no run folder is named: transformers' default would be the same for every run."""
     if config.output_dir in (None, "", "trainer_output"):

@@ -84,6 +84,21 @@ class Metric:
         """Whether values are between 0 and 1 and are shown in per cent."""
         return self.unit == "share"
 
+# %% ../../nbs/22_runs/01_folder.ipynb #7e1a0f01
+_OF_TRL = {
+    "step_time": Metric("s", "Seconds per micro-batch, TRL"),
+    "num_tokens": Metric("tokens", "Tokens seen", ","),
+    "entropy": Metric("nats per token", "Entropy, nats per token, TRL"),
+    "completions/mean_length": Metric("tokens", "Tokens per response, TRL", ","),
+    "completions/min_length": Metric("tokens", "Shortest response, tokens", ","),
+    "completions/max_length": Metric("tokens", "Longest response, tokens", ","),
+    "completions/clipped_ratio": Metric("share", "Responses cut off, TRL", ".1%"),
+    "completions/mean_terminated_length": Metric("tokens", "Tokens per ended response", ","),
+    "completions/min_terminated_length": Metric("tokens", "Shortest ended response, tokens", ","),
+    "completions/max_terminated_length": Metric("tokens", "Longest ended response, tokens", ","),
+}
+"""What TRL logs."""
+
 # %% ../../nbs/22_runs/01_folder.ipynb #00000041
 METRICS = {
     # Of every line.
@@ -134,17 +149,7 @@ METRICS = {
     "time/gradients": Metric("s", "Seconds per step, gradients of terms"),
     "time/update": Metric("s", "Seconds per step, update"),
     "memory/delta_peak": Metric("bytes", "Memory the update adds at its peak", ".3s"),
-    # Logged by TRL.
-    "step_time": Metric("s", "Seconds per micro-batch, TRL"),
-    "num_tokens": Metric("tokens", "Tokens seen", ","),
-    "entropy": Metric("nats per token", "Entropy, nats per token, TRL"),
-    "completions/mean_length": Metric("tokens", "Tokens per response, TRL", ","),
-    "completions/min_length": Metric("tokens", "Shortest response, tokens", ","),
-    "completions/max_length": Metric("tokens", "Longest response, tokens", ","),
-    "completions/clipped_ratio": Metric("share", "Responses cut off, TRL", ".1%"),
-    "completions/mean_terminated_length": Metric("tokens", "Tokens per ended response", ","),
-    "completions/min_terminated_length": Metric("tokens", "Shortest ended response, tokens", ","),
-    "completions/max_terminated_length": Metric("tokens", "Longest ended response, tokens", ","),
+    **_OF_TRL,
 }
 
 # %% ../../nbs/22_runs/01_folder.ipynb #00000026

@@ -141,7 +141,7 @@ def rollout_tokens(run: Run) -> float:
     steps = logged["step"].diff().fillna(logged["step"])
     return float((logged["response_length/mean"] * steps).sum() * responses)
 
-
+# %% ../../nbs/22_runs/03_tables.ipynb #404ce27d
 def _budget(run: Run) -> dict:
     """Seconds, updates and rollout tokens of one stage."""
     seconds = summary_value(run, "seconds")
@@ -149,7 +149,7 @@ def _budget(run: Run) -> dict:
         seconds = run.metrics["seconds"].max()
     return {"seconds": seconds, "updates": summary_value(run, "steps"), "rollout_tokens": rollout_tokens(run)}
 
-
+# %% ../../nbs/22_runs/03_tables.ipynb #0860024f
 def stages_before(run: Run) -> list[Run]:
     """The earlier stages of a run in two, from the folders that its about.json names."""
     folders = [run.path / str(name) for name in run.about.get("earlier_stages") or []]

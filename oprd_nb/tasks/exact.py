@@ -242,7 +242,7 @@ def read_root(cursor: Cursor) -> Exact:
     degree = read_bracket(cursor, r"\]") if cursor.take(r"\[") else Exact(sympy.Integer(2))
     return power(read_argument(cursor), Exact(sympy.Integer(1)) / degree)
 
-
+# %% ../../nbs/03_tasks/04_exact.ipynb #b3c253d7
 def read_function(name: str, cursor: Cursor) -> Exact:
     r"""The rest of `\sin x` or `\sin^2(x)`, with or without a degree sign."""
     raised = cursor.take(r"\^ *\{? *[0-9] *\}?").strip("^{} ")

@@ -40,7 +40,7 @@ def without_responses(batch: MicroBatch, kept: Bool[Tensor, "batch"]) -> MicroBa
     rollouts, columns = trim_padding(batch.rollouts, index)
     return replace(batch, rollouts=rollouts, pairs=trim_pairs(batch.pairs, index, columns))
 
-
+# %% ../../nbs/23_training/05c_finite.ipynb #317a277b
 def unsupervised(batch: MicroBatch) -> MicroBatch:
     """The first response of `batch`, read by both models, with no position supervised."""
     first = torch.zeros(len(batch.rollouts), dtype=torch.bool, device=batch.rollouts.input_ids.device)
@@ -162,7 +162,7 @@ def first_broken(passes: Sequence[Pass]) -> MicroBatch | None:
             return without_responses(one.batch, index == broken[0])
     return None
 
-
+# %% ../../nbs/23_training/05c_finite.ipynb #f359478c
 def prompt_of(batch: MicroBatch, tokenizer: PreTrainedTokenizerBase) -> str:
     """The end of the prompt of the first response of `batch`, as text."""
     rollouts = batch.rollouts

@@ -33,7 +33,7 @@ def is_measured(step: int, every: int, last: int) -> bool:
     """Whether the gradients of a step, counted from 1, are measured in a run of `last` steps."""
     return step % every == 0 or step in (1, (last + 1) // 2, last)
 
-
+# %% ../../nbs/23_training/06b_gradient_steps.ipynb #9900bf15
 def few_responses(batch: MicroBatch, count: int, budget: int = 0) -> MicroBatch:
     """The first `count` responses of a batch, in the columns that they need.
 
