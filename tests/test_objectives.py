@@ -586,6 +586,15 @@ def test_ten_empty_steps_in_a_row_end_a_run():
         steps.see(empty)
 
 
+def test_a_run_may_begin_with_nine_empty_steps():
+    steps = SupervisedSteps(as_objective(FullKL()))
+    for _ in range(9):
+        with pytest.warns(UserWarning):
+            steps.see(torch.zeros(1))
+    with pytest.raises(ValueError, match="10 steps in a row"):
+        steps.see(torch.zeros(1))
+
+
 @pytest.mark.parametrize("distance", ["mse", "normalized_mse", "normalized_mse_paper", "cosine"])
 def test_half_precision_is_raised_before_it_is_compared(distance):
     """The distance of the rounded states, not a rounded distance; the gradient is rounded once."""

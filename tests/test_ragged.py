@@ -139,3 +139,11 @@ def test_parts_of_a_micro_batch_are_whole_without_a_budget():
     parts = batch.parts(int(rollouts.attention_mask.sum(1).max()))
     assert len(parts) > 1
     assert sum(len(part.rollouts) for part in parts) == len(rollouts)
+
+
+def test_a_micro_batch_goes_through_trls_batch():
+    rollouts = ragged("left")
+    batch = MicroBatch(rollouts, identity_pairs(rollouts), torch.tensor([5, 7]))
+    back = MicroBatch.from_batch(batch.to_batch(), rollouts, num_terms=2)
+    assert back.counts.tolist() == [5, 7]
+    assert torch.equal(back.pairs.teacher_positions, batch.pairs.teacher_positions)
