@@ -74,11 +74,24 @@ def test_readme_s_links_lead_somewhere():
     assert not [target for target in targets if "://" not in target and not (ROOT / target).exists()]
 
 
-def test_readme_s_results_are_those_that_are_stored():
-    rows = over_seeds(pd.read_csv(ROOT / "nbs" / "results" / "same_final.csv"))
+def results_of(path):
+    """The runs of a stored table that are measured on test problems, by method."""
+    runs = pd.read_csv(ROOT / "nbs" / "results" / path)
+    return over_seeds(runs[runs["split"] == "test"] if "split" in runs else runs)
+
+
+@pytest.mark.parametrize("path", ["same_final.csv", "real/runs.csv"])
+def test_readme_s_results_are_those_that_are_stored(path):
+    rows = results_of(path)
     text = (ROOT / "README.md").read_text()
     for row in rows.itertuples():
         interval = f"{100 * row.low:.1f}–{100 * row.high:.1f}"
         numbers = f"{row.learning_rate:g} | {row.accuracy:.1%} | {interval} |"
         assert f"| {style_of(row.method).label} | {numbers}" in text
     assert f"The student starts at {100 * rows['before'].mean():.1f} %" in " ".join(text.split())
+
+
+def test_readme_s_teacher_of_the_real_pair_is_the_one_measured():
+    pair = pd.read_csv(ROOT / "nbs" / "results" / "real" / "pair.csv", index_col="role")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"the teacher has {100 * pair.value['teacher']:.1f} %" in text
