@@ -670,3 +670,10 @@ def test_each_state_is_read_by_the_map_of_its_offset_in_the_loss_too():
         chosen = offsets == offset
         expected = hidden[chosen] @ made.tensors["weight"][offset].T + made.tensors["bias"][offset]
         assert torch.allclose(found[chosen], expected.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("facts", [{"width": True}, {"width": None}, {"width": 3, "depth": "4"}])
+def test_facts_of_a_model_have_their_kinds(facts):
+    wrong = list(facts)[-1]
+    with pytest.raises(ValueError, match=f"{wrong}=.*: must be of the kind int"):
+        ModelSpec(**facts)
