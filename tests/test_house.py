@@ -218,9 +218,9 @@ def prose_lines(text: str) -> list[tuple[int, str]]:
 
 
 def markdown_files() -> list[Path]:
-    """Every Markdown file of the repository."""
+    """Every Markdown file of the repository, without the cards of runs that notebooks made."""
     below = [ROOT / name for name in ("nbs", "examples", "tests", "tools", "docs")]
-    nested = [path for folder in below for path in files_below(folder, ".md")]
+    nested = [path for folder in below for path in files_below(folder, ".md") if "runs" not in path.parts]
     return [*sorted(ROOT.glob("*.md")), *nested]
 
 
