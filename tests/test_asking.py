@@ -374,8 +374,11 @@ def test_probe_and_bridge_ask_both_sides_likewise(command, models, problems, hea
     more += ["--system", "1+1", "--teacher_system", "2+2"]
     more += ["--rank", "2", "--positions", "all"] if command == "bridge" else []
     assert main([command, student, teacher, problems(), *more]) == 0, capsys.readouterr().err
-    assert heard["rollouts"] == heard["written"] == filled("<|system|>1+1<|user|>{}<|assistant|>00")
+    assert heard["rollouts"] == filled("<|system|>1+1<|user|>{}<|assistant|>00")
     assert heard["teacher"] == filled("<|system|>2+2<|user|>{}<|assistant|>00")
+    # The probe lets the teacher answer the problems too, to grade it.
+    by_teacher = heard["teacher"] if command == "probe" else set()
+    assert heard["written"] == heard["rollouts"] | by_teacher
     asked = about(tmp_path / "out")["asked"]
     assert asked["teacher"] == f"<|system|>2+2<|user|>{SUMS[0]}<|assistant|>00"
     assert "teacher is asked: '<|system|>2+2" in capsys.readouterr().out
