@@ -269,11 +269,9 @@ class RolloutFiles(RolloutTensors):
         if self.log_probs is not None:
             tensors["log_probs"] = self.log_probs
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {
-            "kind": "oprd_nb.rollouts",
-            "prompts": json.dumps(self.prompts),
-            "columns": json.dumps(self.columns),
-        }
+        metadata = {"kind": "oprd_nb.rollouts", "prompts": json.dumps(self.prompts)}
+        if self.columns is not None:
+            metadata["columns"] = json.dumps(self.columns)
         with replacing(path) as unfinished:
             save_file(stored, unfinished, metadata=metadata)
         return Path(path)
@@ -288,6 +286,8 @@ class RolloutFiles(RolloutTensors):
                     raise ValueError("it holds no rollouts")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
             columns = json.loads(metadata.get("columns", "null"))
+            if columns is not None and not isinstance(columns, dict):
+                raise ValueError("its columns have no names")
             return cls(**tensors, prompts=json.loads(metadata["prompts"]), columns=columns)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
