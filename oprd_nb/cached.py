@@ -122,7 +122,7 @@ def settings_of_cache(
     """The settings of a cache of `teacher`. ValueError for a teacher or a dtype that cannot be stored."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: use torch.float32, torch.bfloat16 or torch.float16")
-    if list(teacher.readers) != [teacher] or teacher.prompt is not None:
+    if not teacher.is_single or teacher.prompt is not None:
         raise ValueError("teacher: only a single model that is asked the student's prompts can be stored")
     model: Any = teacher.model
     return CacheSettings(

@@ -29,12 +29,14 @@ from .pairing.token_bytes import fingerprint
 from .plots.measured_page import measured_page
 from .plots.outcomes import position_cosine, rank_cosine
 from oprd_nb.probing.similarity import (
-    cka,
+    centred_gram,
     cka_matrix,
     cosine_by_k,
     cosine_by_layer,
     divergence_layer,
+    in_common,
     mutual_knn,
+    nearest,
     position_cosines,
     token_similarities,
 )
@@ -437,23 +439,29 @@ def shuffled_cosine(h_student: Tensor, h_teacher: Tensor) -> float:
     return float(F.cosine_similarity(h_student, h_teacher.roll(half, 0), dim=1).mean())
 
 # %% ../nbs/32_diagnosis.ipynb #0000000f
-SHUFFLES = 1
+SHUFFLES = 4
 
 
-def null_similarity(h_student: Tensor, h_teacher: Tensor) -> tuple[float, float]:
-    """The largest CKA and share of common neighbours of states that do not belong together.
+def null_similarity(h_student: Tensor, h_teacher: Tensor, k: int = 10) -> tuple[float, float]:
+    """The largest CKA and share of `k` common neighbours of states that do not belong together.
 
     The teacher's states are moved by a part of the sample, `SHUFFLES` times: widths, depth, number and order
     of the states stay what they are.
     """
-    shifts = [len(h_teacher) * (i + 1) // (SHUFFLES + 1) for i in range(SHUFFLES)]
-    moved = [h_teacher.roll(shift, 0) for shift in shifts]
-    return (
-        max(cka(h_student, other) for other in moved),
-        max(mutual_knn(h_student, other) for other in moved),
-    )
+    n = len(h_student)
+    grams = centred_gram(h_student), centred_gram(h_teacher)
+    scale = grams[0].norm() * grams[1].norm()
+    own, other = (nearest(hidden, k, torch.arange(n)) for hidden in (h_student, h_teacher))
+    found = []
+    for shift in (n * (i + 1) // (SHUFFLES + 1) for i in range(SHUFFLES)):
+        # What belongs to moved states is that of the states, moved: nothing is computed again.
+        alignment = (grams[0] * grams[1].roll((shift, shift), (0, 1))).sum() / scale
+        common = in_common(own, (other.roll(shift, 0) + shift) % n).to(alignment) / own.numel()
+        found.append(torch.stack([alignment, common]))
+    similarity, neighbours = torch.stack(found).amax(0).tolist()
+    return similarity, neighbours
 
-
+# %% ../nbs/32_diagnosis.ipynb #9ea2e506
 LAYER_COLUMNS = (
     "layer teacher_layer cosine low high shuffled cka mutual_knn cka_null knn_null "
     "norm_cosine token_structure rank"

@@ -41,7 +41,7 @@ def check_alike(teachers: Mapping[str, Teacher]) -> None:
     if not teachers:
         raise ValueError("teachers: none given; give a mapping of names to teachers")
     for name, teacher in teachers.items():
-        if list(teacher.readers) != [teacher]:
+        if not teacher.is_single:
             raise ValueError(f"teachers[{name!r}]: is no single model; give the teachers one by one")
     (first, reference), *others = ((name, _shape_of(teacher)) for name, teacher in teachers.items())
     for name, shape in others:

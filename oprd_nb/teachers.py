@@ -168,6 +168,11 @@ class TeacherInARun(TeacherReading):
         return [self]
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is one model, with its weights in this process."""
+        return list(self.readers) == [self]
+
+    @property
     def writes(self) -> bool:
         """Whether its model, asked as the student is, answers problems as this teacher would."""
         return not self.adapters_off and self.prompt is None

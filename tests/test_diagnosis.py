@@ -5,15 +5,16 @@ from html import escape
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oprd_nb import diagnosis
 from oprd_nb.cli.probe import ProbeArguments, probe_pair
-from oprd_nb.diagnosis import Lead, Measured, diagnose, read_tokens, recommend, summary_lines
+from oprd_nb.diagnosis import Lead, Measured, diagnose, null_similarity, read_tokens, recommend, summary_lines
 from oprd_nb.explore.layers import LayerExplorer, RankExplorer
 from oprd_nb.models.pairs import embedded
-from oprd_nb.probing.similarity import cka
+from oprd_nb.probing.similarity import cka, mutual_knn
 from oprd_nb.probing.states import collect, join_states
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.structure import ridge
@@ -217,3 +218,12 @@ def test_a_teacher_that_is_not_better_is_doubted(student, teacher, words):
     recommended = recommend(BRIDGED._replace(lead=Lead.of(*rights)))
     assert words in recommended.doubt and bool(recommended.doubt) == bool(words)
     assert "40 problems" in str(Lead.of(*rights)) and str(recommended).endswith(recommended.doubt)
+
+
+def test_the_null_is_that_of_states_that_were_moved():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(50, 6, generator=generator)
+    teacher = torch.cat([student, torch.randn(50, 3, generator=generator)], dim=1)
+    moved = [teacher.roll(50 * (i + 1) // 5, 0) for i in range(4)]
+    naive = max(cka(student, other) for other in moved), max(mutual_knn(student, other) for other in moved)
+    assert null_similarity(student, teacher) == pytest.approx(naive, abs=1e-6)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMILARITY_COLUMNS', 'require_finite', 'position_cosines', 'layers_in', 'LayerCosines', 'cosine_by_layer',
-           'divergence_layer', 'cosine_by_k', 'NormSums', 'CKA', 'cka', 'centred_gram', 'cka_matrix', 'mutual_knn',
-           'token_structure', 'token_similarities']
+           'divergence_layer', 'cosine_by_k', 'NormSums', 'CKA', 'cka', 'centred_gram', 'cka_matrix', 'nearest',
+           'in_common', 'mutual_knn', 'token_structure', 'token_similarities']
 
 # %% ../../nbs/11_probing/02_similarity.ipynb #00000002
 from collections.abc import Iterable
@@ -243,6 +243,23 @@ def cka_matrix(states: PairedStates, most: int = 1024, debiased: bool = True) ->
         columns=pd.Index(states.teacher, name="teacher_layer"),
     )
 
+# %% ../../nbs/11_probing/02_similarity.ipynb #9ea2e501
+def nearest(hidden: Float[Tensor, "n d"], k: int, group: Int[Tensor, "n"]) -> Int[Tensor, "n k"]:
+    """Which k states of other groups are nearest to each (by cosine), in float64, a chunk at a time."""
+    unit = F.normalize(as_float64(hidden), dim=1)
+    group = group.to(unit.device)
+    found = []
+    for chunk in torch.arange(len(unit), device=unit.device).split(CHUNK):
+        excluded = group[chunk, None] == group
+        # No cosine is below -1, so what is excluded comes last.
+        found.append((unit[chunk] @ unit.T).masked_fill(excluded, -2.0).topk(k).indices)
+    return torch.cat(found)
+
+# %% ../../nbs/11_probing/02_similarity.ipynb #9ea2e503
+def in_common(one: Int[Tensor, "n k"], other: Int[Tensor, "n k"]) -> Int[Tensor, ""]:
+    """How many neighbours both lists name, over all states."""
+    return (one[:, :, None] == other[:, None, :]).sum()
+
 # %% ../../nbs/11_probing/02_similarity.ipynb #00000028
 def mutual_knn(
     h_student: Float[Tensor, "n d_student"],
@@ -257,24 +274,15 @@ def mutual_knn(
     ValueError where a state has fewer than k candidates, and for NaN or infinite states.
     """
     check_finite(h_student=h_student, h_teacher=h_teacher)
-    student = F.normalize(as_float64(h_student), dim=1)
-    teacher = F.normalize(as_float64(h_teacher), dim=1).to(student.device)
-    n = len(student)
+    n = len(h_student)
     group = torch.arange(n) if response is None else response
-    group = group.to(student.device)
-    num_shared = 0
-    for chunk in torch.arange(n, device=student.device).split(CHUNK):
-        excluded = group[chunk, None] == group
-        fewest = int((~excluded).sum(1).min())
-        if fewest < k:
-            raise ValueError(
-                f"k={k}: some state has only {fewest} candidates; give a smaller k or more states"
-            )
-        # No cosine is below -1, so what is excluded comes last.
-        in_student = (student[chunk] @ student.T).masked_fill(excluded, -2.0).topk(k).indices
-        in_teacher = (teacher[chunk] @ teacher.T).masked_fill(excluded, -2.0).topk(k).indices
-        num_shared += (in_student[:, :, None] == in_teacher[:, None, :]).sum()
-    return float(num_shared) / (k * n)
+    group = group.to(h_student.device)
+    fewest = n - int(group.unique(return_counts=True)[1].max())
+    if fewest < k:
+        raise ValueError(f"k={k}: some state has only {fewest} candidates; give a smaller k or more states")
+    in_student = nearest(h_student, k, group)
+    in_teacher = nearest(h_teacher.to(h_student.device), k, group)
+    return float(in_common(in_student, in_teacher)) / (k * n)
 
 # %% ../../nbs/11_probing/02_similarity.ipynb #e000000f
 def token_structure(hidden: Float[Tensor, "n d"]) -> Float[Tensor, "token_pairs"]:

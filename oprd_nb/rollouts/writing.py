@@ -187,15 +187,11 @@ class StopTexts(StoppingCriteria):
         self._found.append(found)
         return found.to(input_ids.device)
 
-    def ended(self, steps: int) -> list[bool]:
-        """Whether each response has one of the texts within its first `steps` tokens of this call."""
-        return torch.stack(self._found[:steps], dim=1).any(dim=1).tolist()
-
-    def lengths(self) -> list[int]:
-        """Length of each response up to its first text, that one included; all steps where it has none."""
-        found = torch.stack(self._found, dim=1)
-        first = found.int().argmax(dim=1) + 1
-        return torch.where(found.any(dim=1), first, found.shape[1]).tolist()
+    def ends(self, steps: int) -> list[int | None]:
+        """Length of each response up to its first text, that one included; None without one in `steps`."""
+        found = torch.stack(self._found[:steps], dim=1)
+        first = (found.int().argmax(dim=1) + 1).tolist()
+        return [end if has else None for end, has in zip(first, found.any(dim=1).tolist(), strict=True)]
 
 # %% ../../nbs/06_rollouts/01d_writing.ipynb #87110394
 class TokenCounter(LogitsProcessor):
@@ -319,14 +315,13 @@ def read_off(
 ) -> tuple[list[Written], list[int]]:
     """What one call of `generate` wrote of each response, and the rows that have not ended."""
     steps = new.shape[1]
-    limits = stops.lengths() if stops else [steps] * len(new)
-    stopped = stops.ended(steps) if stops else [False] * len(new)
+    ends: Sequence[int | None] = stops.ends(steps) if stops else [None] * len(new)
     responses: list[Written] = []
     going_on = []
     for row, (ids, values) in enumerate(zip(new.tolist(), log_probs.tolist(), strict=True)):
-        length = response_length(ids[: limits[row]], eos_token_ids)
+        length = response_length(ids[: ends[row]], eos_token_ids)
         responses.append((ids[:length], values[:length]))
-        if length == steps and not stopped[row] and ids[-1] not in eos_token_ids:
+        if length == steps and ends[row] is None and ids[-1] not in eos_token_ids:
             going_on.append(row)
     return responses, going_on
 

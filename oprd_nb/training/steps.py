@@ -83,7 +83,7 @@ class PlacedTeacher(DistillationTrainer):
         """The teacher in its wrapper; None for the student's base, and for several models or none."""
         if self.teacher.adapters_off:
             return None
-        if self.teacher.offload or list(self.teacher.readers) != [self.teacher]:
+        if self.teacher.offload or not self.teacher.is_single:
             return self._place_readers()
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(self.teacher.model, self.accelerator)
