@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_TRAINING', 'TINY_TRAINING', 'TRAINERS', 'MOST_STEPS', 'TrainingShape', 'prompts_of', 'common_settings',
-           'make_trainer', 'Stopwatch', 'InTurn', 'serve_trainer']
+           'full_length', 'make_trainer', 'Stopwatch', 'InTurn', 'serve_trainer']
 
 # %% ../../nbs/50_bench/05_trainers.ipynb #7ba00003
 import tempfile
@@ -75,6 +75,16 @@ def common_settings(shape: TrainingShape, steps: int) -> dict[str, Any]:
         disable_tqdm=True,
     )
 
+# %% ../../nbs/50_bench/05_trainers.ipynb #19efe679
+def full_length(student: nn.Module, tokenizer: Any) -> Any:
+    """An `HFSampler` that writes by a copy of the student in bfloat16, and no token ends a response."""
+    from oprd_nb.rollouts.samplers import HFSampler
+
+    class FullLength(HFSampler):
+        eos_token_ids: list[int] = []
+
+    return FullLength(student, tokenizer, dtype=torch.bfloat16)
+
 # %% ../../nbs/50_bench/05_trainers.ipynb #7ba0000b
 def make_trainer(which: str, shape: TrainingShape, steps: int, folder: str) -> "tuple[Trainer, nn.Module]":
     """A trainer of `TRAINERS` and its teacher, whose copy with fresh adapters is the student."""
@@ -97,14 +107,21 @@ def make_trainer(which: str, shape: TrainingShape, steps: int, folder: str) -> "
         config = DistillationConfig(folder, beta=1.0, **settings)
         return DistillationTrainer(student, teacher, config, **alike), teacher
     config = OPRDConfig(folder, num_generations=1, **settings)
-    objective = Representation(positions="all") if which == "oprd" else FullKL()
-    return OPRDTrainer(student, Teacher(teacher, tokenizer), objective, config, **alike), teacher
+    objective = FullKL() if which == "opd-full" else Representation(positions="all")
+    sampler = None
+    if which == "oprd-copy":
+        sampler = full_length(student, tokenizer)
+        config.generation_kwargs = None
+    return OPRDTrainer(
+        student, Teacher(teacher, tokenizer), objective, config, **alike, sampler=sampler
+    ), teacher
 
 # %% ../../nbs/50_bench/05_trainers.ipynb #7ba0000c
 TRAINERS = {
     "trl": "TRL's DistillationTrainer, reverse KL",
     "opd-full": "ours, full KL",
     "oprd": "ours, OPRD on all layers",
+    "oprd-copy": "ours, OPRD, a copy with merged adapters writes",
 }
 """What is measured, and how tables call it."""
 

@@ -40,7 +40,7 @@ def bench_trainers(
 def trainers_summary(rounds: pd.DataFrame) -> pd.DataFrame:
     """Median seconds of each part per trainer, and two of them as multiples of TRL's in the same round.
 
-    learning: teacher + update, which is where trainers differ; the rollout is TRL's in all of them.
+    learning: teacher + update, which is where trainers differ; the rollout is TRL's but where a copy writes.
     """
     rounds = rounds.assign(learning=rounds["teacher"] + rounds["update"])
     parts = ["rollout", "teacher", "update", "learning", "step"]

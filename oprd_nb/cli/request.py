@@ -116,8 +116,8 @@ class DataArguments:
     replay: str = HfArg(default="", help="Rollouts stored with Rollouts.save, replayed in place of sampling.")
     sampler: str = HfArg(
         default="trl",
-        help="What samples: TRL, or an engine in this process.",
-        metadata={"choices": ("trl", "vllm")},
+        help="TRL, a copy of the student or an engine.",
+        metadata={"choices": ("trl", "transformers", "vllm")},
     )
     test: str = HfArg(default="", help="Set measured before and after; owner/name:split=test is a part.")
     test_split: str = HfArg(default="test", help=_OF_TEST, metadata={"choices": ("test", "validation")})

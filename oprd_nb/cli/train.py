@@ -64,7 +64,7 @@ from ..training.config import OPRDConfig, settings_of
 from ..training.experiment import BRIDGE_KINDS, distil_pair
 from ..training.interrupts import what_is_safe
 from ..training.lock import run_lock
-from ..training.sampling import effective_line
+from ..training.sampling import effective_line, writing_dtype
 from ..training.startup import Finding, StartWarning, findings_at_start, findings_of_check, with_answers
 from ..training.trainer import OPRDTrainer
 
@@ -161,16 +161,23 @@ def engine_settings(config: OPRDConfig) -> dict[str, Any]:
 
 # %% ../../nbs/60_cli/04_train.ipynb #e273bc1c
 def sampler_of(args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> Sampler | None:
-    """What samples the rollouts: stored ones, an engine in this process, or (None) TRL.
+    """What samples the rollouts: stored ones, a copy of the student, an engine here, or (None) TRL.
 
     ValueError for a sampler together with stored rollouts.
     """
     if args.replay and args.sampler != "trl":
-        raise ValueError(f"sampler={args.sampler!r}: use trl or vllm, and no sampler with --replay")
+        raise ValueError(f"sampler={args.sampler!r}: leave it away with --replay, whose responses are stored")
     if args.replay:
         return ReplaySampler(Rollouts.load(args.replay), pair.tokenizer)
     if args.sampler == "trl":
         return None
+    if args.sampler == "transformers":
+        if config.fsdp or config.deepspeed:
+            raise ValueError(
+                "sampler='transformers': FSDP and DeepSpeed cut the student into parts, which cannot be "
+                "copied; use trl or vllm"
+            )
+        return HFSampler(pair.student, pair.tokenizer, dtype=writing_dtype(pair.student, config))
     # An engine has no 4-bit copy of a student in memory: it loads the full weights from their folder.
     weights = args.student if args.quantize else pair.student
     return VLLMSampler(weights, pair.tokenizer, lora_rank=args.lora, **engine_settings(config))

@@ -39,6 +39,7 @@ from ..pairing.positions import Pairs
 from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
 from ..rollouts.samplers import Sampler, logprob_differences
 from ..rollouts.settings import SamplingSettings
+from ..rollouts.writing import gapless_head_inputs
 from ..tasks.messages import as_messages
 from ..teachers import Teacher, asked_of_both, inherited_format
 from .batching import MicroBatch
@@ -328,9 +329,10 @@ class SamplingMixin(PromptMixin):
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
     ) -> list[list[int]]:
         """Response ids, from `self.sampler` or from TRL's engine."""
-        if self.sampler is None:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         student = self.accelerator.unwrap_model(self.model_wrapped)
+        if self.sampler is None:
+            with gapless_head_inputs(student):
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         self.sampler.sync(student)
         rollouts = self.sampler.sample(
             prompt_ids, n=1, seed=self._rollout_seed(), **self._sampling.keywords()
