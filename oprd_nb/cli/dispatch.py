@@ -29,13 +29,14 @@ COMMANDS = {
     "eval": "Evaluate one or several models on a problem set.",
     "report": "Write one self-contained HTML page from run folders.",
     "export": "Write a run's student as a plain model folder, adapters merged, for transformers and vLLM.",
+    "reproduce": "Compare each claim of the paper with what was measured, and run what is missing.",
     "bench": "Measure what losses, bridges and samplers cost; nothing else should run at the same time.",
 }
 
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  oprd {name:8} {sentence}" for name, sentence in COMMANDS.items()]
+    lines = [f"  oprd {name:9} {sentence}" for name, sentence in COMMANDS.items()]
     first = "usage: oprd COMMAND [value ...] [--setting value ...]"
     last = "oprd COMMAND --help lists a command's settings; oprd --version names this version."
     return "\n".join([first, "", *lines, "", last])
