@@ -1,6 +1,8 @@
 """Terms from work that followed: each against a naive twin in float64, in `loss_of`, and in a run."""
 
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from oprd_nb.capture import FINAL
 from oprd_nb.extrapolation import Extrapolated
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.distances import DISTANCES, Target
-from oprd_nb.objectives.followups import MEASURES, Relational, TopKTailKL, Transitions, Weighted
+from oprd_nb.objectives.followups import MEASURES, CrossFade, Relational, TopKTailKL, Transitions, Weighted
 from oprd_nb.objectives.objective import loss_of
 from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.objectives.representation import Representation
@@ -257,3 +259,47 @@ def test_a_weighted_term_trains_with_two_teachers(models, tmp_path):
     dataset = pair.task.train.select(range(64)).add_column("teacher", ["one", "two"] * 32)
     lines = trained(pair, routed, Weighted(Representation()) + TopKTailKL(4), tmp_path, dataset)
     assert all(0 < line["positions/weight/one"] < 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: CrossFade.of(FullKL() + Representation(), FullKL()), "between two terms, not 3"),
+        (lambda: CrossFade.of(FullKL(), TopKTailKL(), begin=0.5), "begin=0.5, end=0.5: must be"),
+        (lambda: CrossFade.of(FullKL(), TopKTailKL(), end=1.5), "end=1.5: must be"),
+        (lambda: CrossFade.of(FullKL(), TopKTailKL()) + Representation(), "sets its own weights"),
+        (lambda: Representation() + CrossFade.of(FullKL(), TopKTailKL()), "sets its own weights"),
+        (lambda: CrossFade.of(FullKL(), 3), "use a term such as"),
+    ],
+)
+def test_a_cross_fade_that_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_a_cross_fade_goes_from_one_term_to_the_other_in_a_run(tmp_path):
+    """In each step the gradient is that of the weights of this step, and a resumed run goes on with them."""
+    first, second = Representation("last"), FullKL()
+    fade = 2 * CrossFade.of(first, 3 * second, begin=0.25, end=0.75)
+
+    def run(folder, objective, resume=None):
+        pair = embedded("same")
+        trainer = OPRDTrainer(
+            model=pair.student,
+            teacher=Teacher(pair.teacher, pair.teacher_tokenizer),
+            objective=objective,
+            args=short_run(folder, max_steps=4, save_strategy="steps", save_steps=2, gradient_every=0),
+            train_dataset=pair.task.train.select(range(64)),
+            processing_class=pair.tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        return lines, {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+
+    lines, weights = run(tmp_path / "fade", fade)
+    for line, (one, other) in zip(lines, ((2, 0), (2, 0), (1, 3), (0, 6)), strict=True):
+        expected = one * (2 - 2 * line["rep/cosine_similarity"]) + other * line["full/reverse"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+    shutil.rmtree(tmp_path / "fade" / "checkpoint-4")
+    _, again = run(tmp_path / "fade", fade, resume=True)
+    assert all(again[name].equal(weight) for name, weight in weights.items())

@@ -1,5 +1,6 @@
 """The gradient of each term during a run: as the full gradients say, and without a trace in the weights."""
 
+import shutil
 from html import escape
 
 import pytest
@@ -9,6 +10,7 @@ from short_runs import short_run
 from transformers import TrainerCallback
 
 from oprd_nb.models.pairs import embedded
+from oprd_nb.objectives.followups import CrossFade
 from oprd_nb.objectives.output_space import FullKL, SampledTokenKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.plots.report import report_html
@@ -49,7 +51,7 @@ def train(folder, objective, name="same", sampler=None, peft_config=None, **chan
         peft_config=peft_config,
         callbacks=[seen],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return trainer, seen.parts
 
 
@@ -182,3 +184,69 @@ def test_the_report_advises_a_weight_and_draws_the_cosines(tmp_path):
     assert escape(line) in page and "Gradient of each term" in page
     without = report_html([read_run(tmp_path / "one")])
     assert "Gradient of each term" not in without and "gradient: " not in without
+
+
+def weights_of(trainer):
+    return {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+
+
+def test_a_balance_forgets_the_weights_it_began_with(tmp_path):
+    """From any starting weight the same run; each measured weight gives the ratio that was asked for."""
+    options = dict(balance=2.0, gradient_every=2, gradient_accumulation_steps=2, max_steps=4)
+    runs = [train(tmp_path / str(mu), FullKL() + mu * REP, **options)[0] for mu in (0.01, 1, 100)]
+    first, *others = map(weights_of, runs)
+    assert all(first[name].equal(other[name]) for other in others for name in first)
+    lines = measured(tmp_path / "100")
+    norms = []
+    for step in sorted(lines):
+        norms.append([lines[step][f"gradient/{name}/norm"] for name in ("full", "rep")])
+        means = torch.tensor(norms[0])
+        for later in norms[1:]:
+            means = (means * torch.tensor(later)).sqrt()
+        assert lines[step]["gradient/full/weight"] == 1
+        assert lines[step]["gradient/rep/weight"] == pytest.approx((2 * means[0] / means[1]).item(), rel=1e-5)
+    assert sorted(lines) == [1, 2, 4]
+
+
+def test_without_a_balance_the_weights_stay(tmp_path):
+    runs = [train(tmp_path / str(mu), FullKL() + mu * REP, max_steps=1)[0] for mu in (0.01, 100)]
+    first, second = map(weights_of, runs)
+    assert not all(first[name].equal(second[name]) for name in first)
+    assert "gradient/rep/weight" not in measured(tmp_path / "100")[1]
+
+
+def test_a_resumed_balance_goes_on(tmp_path):
+    """The norms lie in the checkpoint: a run that was stopped between two measurements ends bitwise alike."""
+    options = dict(balance=1.0, gradient_every=4, max_steps=6, save_strategy="steps", save_steps=2)
+    whole, _ = train(tmp_path / "run", FullKL() + 50 * REP, **options)
+    ended = weights_of(whole)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    options["resume_from_checkpoint"] = True
+    resumed, _ = train(tmp_path / "run", FullKL() + 50 * REP, **options)
+    assert all(ended[name].equal(weight) for name, weight in weights_of(resumed).items())
+    with pytest.raises(ValueError, match=r"gradient_every=2 \(it was 4\)"):
+        train(tmp_path / "run", FullKL() + 50 * REP, **options | {"gradient_every": 2})
+
+
+@pytest.mark.parametrize(
+    "objective, changes, message",
+    [
+        (REP, dict(), "there is one term; add another"),
+        (CrossFade.of(REP, FullKL()), dict(), "CrossFade sets the weights itself"),
+        (FullKL() + REP, dict(gradient_every=0), "gradient_every=0 measures nothing"),
+        (FullKL() + REP, dict(balance=0.0), "balance=0.0: must be between"),
+        (FullKL() + REP, dict(balance=float("nan")), "balance=nan: must be between"),
+    ],
+)
+def test_a_balance_that_cannot_be_is_refused_in_one_line(objective, changes, message, tmp_path):
+    with pytest.raises(ValueError, match="balance") as refused:
+        train(tmp_path / "run", objective, **{"balance": 1.0} | changes)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_balance_needs_whole_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr(OPRDTrainer, "why_no_gradients", lambda self: "FSDP keeps no whole gradient")
+    with pytest.raises(ValueError, match="balance=3: FSDP keeps no whole gradient; leave it away"):
+        train(tmp_path, FullKL() + REP, balance=3.0)

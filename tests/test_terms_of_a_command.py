@@ -6,6 +6,7 @@ import pytest
 
 from oprd_nb.cli import main
 from oprd_nb.cli.request import TrainArguments, objective_of
+from oprd_nb.runs import read_run
 
 PAIR = ("embedded/student", "embedded/teacher", "arithmetic")
 SHORT = (
@@ -21,6 +22,13 @@ OPTIONS = [
     (dict(method="opd-sampled", control_variate=True), "control_variate=True"),
     (dict(final_norm=False), "final_norm=False"),
     (dict(method="opd-full", mu=2.0, reduction="sequence"), "reduction='sequence'"),
+    (dict(method="transitions", layers="1,3", distance="cosine"), "Transitions(layers='1,3'"),
+    (dict(method="relational", positions="first:9"), "Relational(layers='all', positions='first:9'"),
+    (dict(method="weighted", distance="mse"), "distance='mse'"),
+    (dict(method="gated"), "at_least=0.1"),
+    (dict(method="last-opd", positions="all"), "CrossFade(terms=[(1.0, Representation(layers='last'"),
+    (dict(method="opd-tail", k=4), "TopKTailKL(k=4"),
+    (dict(method="last-opd", reduction="sequence"), "reduction='sequence'"),
 ]
 
 
@@ -47,9 +55,20 @@ def test_layers_are_paired_by_similarity_in_a_run(tmp_path):
         ("--k 0 --method opd-topk", "k=0: must be between 1 and"),
         ("--layer_pairs similarity --layers odd", "layers='odd'"),
         ("--layer_pairs similarity --method bridge", "layer_pairs='similarity'"),
+        ("--method relational --distance mse", "distance='mse': is no option of relational"),
+        ("--method last-opd --layers 1,2", "layers='1,2': is no option of last-opd"),
+        ("--method transitions --layers last", "a step is between two layers"),
+        ("--method gated --mu 2", "mu=2.0: weights a term added to an output-space method"),
         ("--teacher_quantize int4", "teacher_quantize='int4'"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(wrong, named, tmp_path, capsys):
     assert main(["train", *PAIR, "--output_dir", str(tmp_path / "run"), *wrong.split()]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["transitions", "relational", "weighted", "gated", "last-opd", "opd-tail"])
+def test_a_followup_runs_under_its_name(method, tmp_path):
+    argv = ["train", *PAIR, "--output_dir", str(tmp_path / "run"), *SHORT.split(), "--method", method]
+    assert main(argv) == 0
+    assert read_run(tmp_path / "run").method == method

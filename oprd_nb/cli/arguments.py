@@ -126,7 +126,9 @@ _ALSO_SHOWN = {
     "report_to": "Loggers, such as tensorboard or wandb",
 }
 """Settings of a library that the short help shows, next to those that the kit redefines, in our words."""
-_RARE = ("logging_steps", "disable_tqdm", "disable_dropout", "max_nonfinite", "max_skipped", "gradient_every")
+_RARE = tuple(
+    "logging_steps disable_tqdm disable_dropout max_nonfinite max_skipped gradient_every balance".split()
+)
 """Settings of the kit that only `--help_all` shows."""
 
 

@@ -21,6 +21,7 @@ from .asking import DRAWN, SideArguments, card_of, student_format
 from .bridge import rank_of
 from ..core import Layers, Rollouts
 from ..objectives.distances import DISTANCES
+from ..objectives.followups import TopKTailKL
 from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from ..objectives.representation import Representation
 from ..objectives.terms import Objective, Term, as_objective
@@ -28,7 +29,7 @@ from ..rollouts.prompts import read_template
 from ..rollouts.settings import SamplingSettings
 from ..runs.settings import check_choice
 from ..training.config import OPRDConfig
-from ..training.experiment import BRIDGE_KINDS, METHODS, bridge_term
+from ..training.experiment import BRIDGE_KINDS, METHODS, STATE_METHODS, bridge_term
 
 # %% ../../nbs/60_cli/03b_request.ipynb #894dcdb4
 _THEN = "Of its own; by default the same rate, and half of --max_steps"
@@ -58,6 +59,9 @@ class MethodArguments:
     distance: str = HfArg(default="", help="Its distance.", metadata={"choices": ("", *DISTANCES)})
 
 # %% ../../nbs/60_cli/03b_request.ipynb #e192be0d
+_TOPK = "Tokens of opd-topk and opd-tail; shares of opd-topk among these only"
+
+
 @dataclass
 class TermArguments:
     """Options of the terms"""
@@ -71,8 +75,8 @@ class TermArguments:
         help="Layers paired by depth (Eq. 11) or by CKA",
         metadata={"choices": ("depth", "similarity")},
     )
-    k: int = HfArg(default=16, help="Tokens of opd-topk")
-    renormalize: bool = HfArg(default=False, help="opd-topk: shares among the k tokens only")
+    k: int = HfArg(default=16, help=_TOPK)
+    renormalize: bool = HfArg(default=False, help=_TOPK)
     control_variate: bool = HfArg(default=False, help="opd-sampled: less noise, from the whole distribution")
     divergence: str = HfArg(
         default="reverse", help="Of opd-full", metadata={"choices": ("reverse", "forward", "jsd")}
@@ -151,7 +155,7 @@ def check_methods(args: TrainArguments) -> None:
         methods["then"] = args.then
     for name, method in methods.items():
         check_choice(name, method, [*METHODS, *BRIDGE_KINDS])
-    if args.mu and {"oprd", *BRIDGE_KINDS} & set(methods.values()):
+    if args.mu and {*STATE_METHODS, *BRIDGE_KINDS} & set(methods.values()):
         raise ValueError(
             f"mu={args.mu}: weights a term added to an output-space method; "
             f"with method={args.method!r} there is none"
@@ -198,6 +202,8 @@ def output_term(method: str, args: TrainArguments) -> Term:
     """The term of an output-space method, with its options."""
     if method == "opd-topk":
         return TopKKL(args.k, args.renormalize)
+    if method == "opd-tail":
+        return TopKTailKL(args.k)
     if method == "opd-sampled":
         return SampledTokenKL(args.control_variate)
     return FullKL(args.divergence, args.jsd_weight)
@@ -216,19 +222,19 @@ def objective_of(
     if method in BRIDGE_KINDS:
         term = bridge_term(bridge, args.layers, args.positions, args.distance or None)
         return Objective(as_objective(term).terms, args.reduction)
-    representation = Representation(
-        args.layers,
-        args.positions,
-        args.distance or "normalized_mse",
-        final_norm=args.final_norm,
-        layer_pairs=layer_pairs,
-    )
-    if method == "oprd":
-        return Objective(as_objective(representation).terms, args.reduction)
+    shape: dict[str, Any] = {
+        "layers": args.layers,
+        "positions": args.positions,
+        "distance": args.distance or "normalized_mse",
+        "final_norm": args.final_norm,
+        "layer_pairs": layer_pairs,
+    }
+    if method in STATE_METHODS:
+        return STATE_METHODS[method](**shape).with_reduction(args.reduction)
     objective = as_objective(output_term(method, args))
     if args.mu:
-        objective = objective + args.mu * representation
-    return Objective(objective.terms, args.reduction)
+        objective = objective + args.mu * Representation(**shape)
+    return objective.with_reduction(args.reduction)
 
 # %% ../../nbs/60_cli/03b_request.ipynb #4c84ddc3
 def check_terms_of_request(args: TrainArguments) -> None:
@@ -236,14 +242,18 @@ def check_terms_of_request(args: TrainArguments) -> None:
     used = {args.method, args.then}
     needs = {
         "divergence": ("opd-full",),
-        "k": ("opd-topk",),
+        "k": ("opd-topk", "opd-tail"),
         "renormalize": ("opd-topk",),
         "control_variate": ("opd-sampled",),
     }
     defaults = {setting.name: setting.default for setting in fields(args)}
+    given = {name for name in defaults if getattr(args, name) != defaults[name]}
     for name, methods in needs.items():
-        if getattr(args, name) != defaults[name] and not used & set(methods):
+        if name in given and not used & set(methods):
             raise ValueError(f"{name}={getattr(args, name)!r}: is an option of {methods[0]}; leave it away")
+    for name, method in {"distance": "relational", "layers": "last-opd", "layer_pairs": "last-opd"}.items():
+        if name in given and used <= {method, ""}:
+            raise ValueError(f"{name}={getattr(args, name)!r}: is no option of {method}; leave it away")
     if args.layer_pairs == "similarity" and args.layers != "all":
         raise ValueError(
             f"layers={args.layers!r}: pairs by similarity are pairs of all layers; leave it away"
@@ -256,8 +266,8 @@ def check_terms_of_request(args: TrainArguments) -> None:
 # %% ../../nbs/60_cli/03b_request.ipynb #08b2176d
 def objective_needs_head(args: TrainArguments) -> bool:
     """Whether a run reads output distributions, and not only hidden states."""
-    methods = {args.method, args.then} - {""}
-    return not methods <= {"oprd", *BRIDGE_KINDS}
+    methods = {args.method, args.then} & set(METHODS)
+    return any(METHODS[method]().needs_head for method in methods)
 
 
 def other_prompt(args: TrainArguments) -> Callable[[list[dict]], list[dict]] | None:
@@ -284,6 +294,6 @@ def settings_of_request(args: TrainArguments) -> dict[str, Any]:
         is_default = setting.default is not MISSING and value == setting.default
         if not is_default and setting.name not in _NOT_PART_OF_A_RUN:
             settings[setting.name] = value
-    if args.method not in ("oprd", *BRIDGE_KINDS):
+    if args.method not in (*STATE_METHODS, *BRIDGE_KINDS):
         settings["mu"] = args.mu  # a sweep over mu needs it in every run
     return settings

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "terms": ["Term", "TermInputs", "Objective"],
         "representation": ["Representation"],
         "output_space": ["SampledTokenKL", "TopKKL", "FullKL"],
-        "followups": ["Transitions", "Relational", "Weighted", "TopKTailKL"],
+        "followups": ["CrossFade", "Transitions", "Relational", "Weighted", "TopKTailKL"],
         "objective": ["TermLosses", "position_losses", "reduce_losses", "loss_of", "loss_on_pairs"],
     },
 )
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .representation import Representation as Representation
     from .output_space import SampledTokenKL as SampledTokenKL, TopKKL as TopKKL, FullKL as FullKL
     from .followups import (
+        CrossFade as CrossFade,
         Relational as Relational,
         TopKTailKL as TopKTailKL,
         Transitions as Transitions,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'MEASURES', 'Transitions', 'earlier_in_window', 'relations', 'Relational', 'position_weights',
-           'WrappedTerm', 'Weighted', 'with_tail', 'TopKTailKL']
+           'WrappedTerm', 'Weighted', 'with_tail', 'TopKTailKL', 'CrossFade']
 
 # %% ../../nbs/20_objectives/06_followups.ipynb #b53b45fa
 import math
@@ -22,7 +22,7 @@ from ..core import Positions
 from .distances import DISTANCES, Target, position_distances
 from .output_space import LOGIT_POSITIONS, OutputTerm, chosen_log_probs, kl, log_probs
 from .representation import ComparedLayers
-from .terms import LayerPair, Term, TermInputs
+from .terms import LayerPair, Objective, Term, TermInputs, as_objective
 from ..pairing.positions import Pairs
 from ..teachers import Teacher
 
@@ -308,3 +308,34 @@ class TopKTailKL(OutputTerm):
         top = chooser.topk(min(self.k, chooser.shape[-1] - 1), -1).indices
         log_p, log_q = (with_tail(logits, top) for logits in (student_logits, teacher_logits))
         return kl(log_p, log_q) if self.divergence == "reverse" else kl(log_q, log_p)
+
+# %% ../../nbs/20_objectives/06_followups.ipynb #bb9f6e6e
+@dataclass(eq=False)
+class CrossFade(Objective):
+    """Two terms, of which the second takes the first one's place: `CrossFade.of(first, second)`.
+
+    `begin`, `end`: where in the run, from 0 to 1; before it the second term has weight 0, after it the first.
+    """
+
+    begin: float = 0.0
+    end: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.terms) != 2:
+            raise ValueError(f"terms: a cross-fade is between two terms, not {len(self.terms)}")
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"begin={self.begin}, end={self.end}: must be 0 <= begin < end <= 1")
+
+    @classmethod
+    def of(cls, first: Term | Objective, second: Term | Objective, **options: float) -> "CrossFade":
+        """From `first` to `second`, each a term or a weight times a term; `options`: `begin`, `end`."""
+        terms = [*as_objective(first).terms, *as_objective(second).terms]
+        return cls(terms, as_objective(first).reduction, **options)
+
+    def at(self, progress: float) -> Objective:
+        """Both terms with their weights at `progress`."""
+        share = min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
+        (first_weight, first), (second_weight, second) = self.terms
+        terms = [((1 - share) * first_weight, first), (share * second_weight, second)]
+        return Objective(terms, self.reduction)

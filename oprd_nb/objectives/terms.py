@@ -85,6 +85,9 @@ class Addable(Weighable):
     def __add__(self, other: Weighable) -> "Objective":
         first = self.as_objective()
         second = _addable(other).as_objective()
+        for side in (first, second):
+            if type(side) is not Objective:
+                raise ValueError(f"objective={side!r}: sets its own weights; make the sum first, and then it")
         if first.reduction != second.reduction:
             raise ValueError(
                 f"reduction: cannot add {first.reduction!r} and {second.reduction!r}; "
@@ -208,6 +211,10 @@ class Objective(Addable):
     def with_reduction(self, reduction: str) -> "Objective":
         """The same terms under `"token"` or `"sequence"`."""
         return replace(self, reduction=reduction)
+
+    def at(self, progress: float) -> "Objective":
+        """The terms with their weights at `progress`, 0 to 1, of a run: here always the same."""
+        return self
 
     @property
     def needs_head(self) -> bool:

@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .theme import base_figure
-from ..runs.folder import Method, method_style
+from ..runs.folder import METHODS, Method, method_style
 from ..utils import t_interval
 
 # %% ../../nbs/30_plots/06_sweeps.ipynb #00000005
@@ -38,7 +38,7 @@ def style_of(name: str) -> Method:
         first, second = [style_of(stage) for stage in name.split(">")]
         return Method(f"{first.label}, then {second.label}", first.colour)
     kind, *options = name.split("-")
-    if kind == "opd":
+    if kind == "opd" or name in METHODS:
         style = method_style(name)
         return Method(style.label, style.colour)
     style = method_style(kind)

@@ -113,6 +113,7 @@ METRICS = {
     # Terms of the objective.
     "gradient/<term>/norm": Metric("of the term at weight 1", "Norm of the term's gradient"),
     "gradient/<term>/ratio": Metric("ratio", "Norm over that of full KL's gradient"),
+    "gradient/<term>/weight": Metric("weight", "Weight of the term"),
     "gradient/cosine/<one>~<other>": Metric("cosine", "Cosine of two terms' gradients", ".3f"),
     "rep/cosine_similarity": Metric("cosine", "Cosine, student and teacher", ".4f"),
     "rep/cosine_layer_<l>": Metric("cosine", "Cosine", ".4f"),
@@ -190,10 +191,16 @@ METHODS = {
     "opd-topk": Method("OPD top-k", OKABE_ITO["purple"], "triangle-up"),
     "bridge": Method("OPRD-Bridge", OKABE_ITO["green"], "pentagon"),
     "readout": Method("Readout bridge", OKABE_ITO["sky"], "star"),
+    "transitions": Method("Transitions", "#332288", "triangle-down"),
+    "relational": Method("Relational", "#44AA99", "hexagon"),
+    "weighted": Method("OPRD weighted", "#999933", "triangle-left"),
+    "gated": Method("OPRD gated", "#882255", "triangle-right"),
+    "last-opd": Method("LastOPD", "#AA4499", "hourglass"),
+    "opd-tail": Method("OPD top-k and tail", "#CC6677", "bowtie"),
     "student": Method("Student", OKABE_ITO["grey"], "x"),
     "teacher": Method("Teacher", OKABE_ITO["black"], "cross"),
 }
-"""Method name, as in config.yaml, to its look."""
+"""Method name, as in config.yaml, to its look: colours of Okabe and Ito, then of Tol's muted set."""
 
 # %% ../../nbs/22_runs/01_folder.ipynb #ea27ef09
 def method_style(name: str) -> Method:

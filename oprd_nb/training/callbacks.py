@@ -91,7 +91,9 @@ _MAY_DIFFER = frozenset(
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that define a run and differ: name to old and new value, None where it was not set."""
-    names = [name for name in dict.fromkeys([*old, *new]) if name not in _MAY_DIFFER]
+    # The weights of balanced terms are those of the measurements.
+    kept = _MAY_DIFFER - {"gradient_every"} if old.get("balance") else _MAY_DIFFER
+    names = [name for name in dict.fromkeys([*old, *new]) if name not in kept]
     pairs = {name: (old.get(name), new.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -97,6 +97,7 @@ _LIMITS: dict[str, Range] = {
     "max_nonfinite": (0, 1),
     "max_skipped": (1, 1e6),
     "gradient_every": (0, 1e7),
+    "balance": (1e-6, 1e6),
     "temperature": (1e-3, 100),
     "eval_temperature": (0, 100),
     "top_p": (1e-6, 1),
@@ -220,6 +221,13 @@ class WritingConfig(DistillationConfig):
         metadata={
             "help": "Steps between two measurements of the gradient of each term (gradient/... in the log); "
             "0 is never; by default 10 where the objective has several terms."
+        },
+    )
+    balance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weigh the terms so that the gradient of each further one has so many times the norm of "
+            "the first one's, as it is measured (gradient_every); by default the weights stay as given."
         },
     )
     grade_with: str = field(
@@ -429,12 +437,21 @@ def _as_plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 # %% ../../nbs/23_training/05_config.ipynb #dedd8507
-_METHOD_OF_TERM = {"FullKL": "opd-full", "SampledTokenKL": "opd-sampled", "TopKKL": "opd-topk"}
+_METHOD_OF_TERM = {
+    "FullKL": "opd-full",
+    "SampledTokenKL": "opd-sampled",
+    "TopKKL": "opd-topk",
+    "TopKTailKL": "opd-tail",
+    "Transitions": "transitions",
+    "Relational": "relational",
+}
 
 
 def method_of_term(term: Term) -> str:
     """The method that a term alone makes; the class's name for a term that this package does not have."""
     kind = type(term).__name__
+    if kind == "Weighted":
+        return "weighted" if getattr(term, "at_least", None) is None else "gated"
     if kind == "Representation":
         bridge = getattr(term, "bridge", None)
         if bridge is None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_ENTRIES', 'REFERENCE', 'TermGradients', 'spread_entries', 'gradients_on_pairs', 'term_gradients',
-           'measured_terms', 'gradient_metrics']
+           'balanced_weights', 'measured_terms', 'gradient_metrics']
 
 # %% ../../nbs/23_training/02b_gradients.ipynb #b2a10003
 from collections.abc import Mapping, Sequence
@@ -106,6 +106,19 @@ def term_gradients(
     check_models(objective, student, teacher, tokenizer)
     pairs = teacher.read(rollouts, tokenizer)
     return gradients_on_pairs(terms, student, teacher, rollouts, pairs, reduction)
+
+# %% ../../nbs/23_training/02b_gradients.ipynb #b73989ba
+def balanced_weights(weights: Sequence[float], norms: Sequence[float], ratio: float) -> list[float]:
+    """Weights at which each further term's gradient is `ratio` times as long as the first one's.
+
+    weights: as they are now; norms: of the gradients at weight 1.
+    A term without a gradient keeps its weight; where that is the first one, all do.
+    """
+    first = weights[0] * norms[0]
+    if first == 0:
+        return list(weights)
+    pairs = zip(weights[1:], norms[1:], strict=True)
+    return [weights[0], *(ratio * first / norm if norm else weight for weight, norm in pairs)]
 
 # %% ../../nbs/23_training/02b_gradients.ipynb #8ba344ab
 REFERENCE = "full"

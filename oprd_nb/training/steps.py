@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PlacedTeacher', 'WrappedModels', 'AskedSides', 'TrainerBase', 'EpochSampler', 'rollouts_of', 'PromptMixin',
-           'SamplingMixin', 'RolloutMixin', 'LossMixin', 'SignalMixin', 'LogMixin', 'FiniteMixin', 'CheckedSteps',
-           'from_first_step', 'ScheduleMixin', 'StepMixin']
+           'SamplingMixin', 'RolloutMixin', 'PresentObjective', 'LossMixin', 'SignalMixin', 'LogMixin', 'FiniteMixin',
+           'CheckedSteps', 'from_first_step', 'ScheduleMixin', 'StepMixin']
 
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
 import math
@@ -419,7 +419,15 @@ class RolloutMixin(SamplingMixin):
         self.step_metrics.add("rollout/no_answer", sum(without), len(texts))
 
 # %% ../../nbs/23_training/06_steps.ipynb #00000016
-class LossMixin(TrainerBase):
+class PresentObjective(TrainerBase):
+    """The objective with the weights of a step."""
+
+    def present_objective(self) -> Objective:
+        """The objective as it is in this step of the run."""
+        return self.objective.at(self.state.global_step / max(1, self.state.max_steps))
+
+
+class LossMixin(PresentObjective):
     """The objective in place of TRL's loss."""
 
     def compute_loss(
@@ -430,10 +438,11 @@ class LossMixin(TrainerBase):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on this micro-batch, already divided by what the whole optimizer step supervises."""
+        objective = self.present_objective()
         # Accelerate puts its autocast on `model.forward`, which the redirected forward does not call.
         with self.accelerator.autocast():
             parts = position_losses(
-                self.objective,
+                objective,
                 self.accelerator.unwrap_model(model),
                 self.teacher,
                 inputs.rollouts,
@@ -442,7 +451,7 @@ class LossMixin(TrainerBase):
                 run_student=partial(self._run_student, model),
                 temperature=self.args.temperature,
             )
-            loss, metrics = reduce_losses(self.objective, parts, inputs.counts)
+            loss, metrics = reduce_losses(objective, parts, inputs.counts)
             metrics |= metrics_by_teacher(parts, inputs.pairs, self.teacher.names)
         self.passes.append(Pass(inputs, finite_responses(parts, len(inputs.rollouts)), metrics))
         return (loss, None) if return_outputs else loss
