@@ -10,6 +10,13 @@
       --lr_scheduler_type constant_with_warmup --warmup_steps 3 --adam_beta2 0.98 \\
       --test_limit 200 --samples 1 --save_strategy no --output_dir runs/real/oprd
     # the same with --methods opd-full --rates 1e-4 3e-4 1e-3 2e-3 --output_dir runs/real/opd-full
+    # longer, at the rate that was chosen, with seeds 1, 2 and 3: 20 minutes per run on a quiet core
+    oprd train runs/real/student runs/real/teacher --prompts words --test words --method oprd \\
+      --learning_rate 4e-3 --seed 1 --lora 32 --positions all --max_steps 80 \\
+      --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --num_generations 1 \\
+      --max_completion_length 48 --lr_scheduler_type linear --warmup_steps 8 --adam_beta2 0.98 \\
+      --sampler transformers --test_limit 200 --samples 1 --save_strategy no \\
+      --output_dir runs/real/long/oprd-1
     python examples/real_pair.py store      # tables and curves into nbs/results/real
 
 Student and teacher are two moments of one supervised fine-tuning of SmolLM2-135M-Instruct on written
@@ -107,17 +114,58 @@ def accuracy_row(role: str, folder: Path) -> dict:
     return {"role": role} | Evaluation.load(path).summary.iloc[0].to_dict()
 
 
+def long_rows(folder: Path) -> pd.DataFrame:
+    """One row per run in `folder`: its settings, its accuracy and that of both models before it."""
+    rows = []
+    for path in sorted(folder.glob("*-*")):
+        run = read_run(path)
+        found = {
+            when: Evaluation.load(path / "eval" / f"{when}.parquet")
+            for when in ("before", "after", "teacher")
+        }
+        accuracy = {when: evaluation.samples["correct"].mean() for when, evaluation in found.items()}
+        rows.append(
+            {
+                "method": run.method,
+                "learning_rate": run.config["learning_rate"],
+                "seed": run.config["seed"],
+                "split": "test",
+                "before": accuracy["before"],
+                "accuracy": accuracy["after"],
+                "teacher": accuracy["teacher"],
+                "seconds": run.metrics["seconds"].iloc[-1],
+                "steps": run.config["max_steps"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def curves_of(path: Path, method: str, seed: int) -> pd.DataFrame:
+    """What a run logged per step, as far as it is stored."""
+    return read_run(path).metrics[CURVES].assign(method=method, seed=seed)
+
+
 def store(out: Path, folder: Path) -> None:
-    """Write what was measured of models and sweeps below `out` as tables into `folder`."""
+    """Write what was measured of models, sweeps and longer runs below `out` as tables into `folder`.
+
+    What is not below `out` is left as it is in `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pair = pd.DataFrame([accuracy_row(role, out / "eval") for role in ("student", "teacher")])
-    rows = [pd.read_csv(out / method / "sweep.csv") for method in METHODS]
-    runs = pd.concat(rows, ignore_index=True)
-    curves = []
-    for row in runs[runs["split"] == "test"].itertuples():
-        log = read_run(out / row.method / row.run).metrics
-        curves.append(log[CURVES].assign(method=row.method, seed=row.seed))
-    for name, table in {"pair": pair, "runs": runs, "curves": pd.concat(curves)}.items():
+    tables = {}
+    if (out / "long").is_dir():
+        tables["long"] = long_rows(out / "long")
+        rows = [(row.method, row.seed) for row in tables["long"].itertuples()]
+        tables["long_curves"] = pd.concat(
+            [curves_of(out / "long" / f"{method}-{seed}", method, seed) for method, seed in rows]
+        )
+    if all((out / method).is_dir() for method in METHODS):
+        tables["pair"] = pd.DataFrame([accuracy_row(role, out / "eval") for role in ("student", "teacher")])
+        tables["runs"] = pd.concat([pd.read_csv(out / method / "sweep.csv") for method in METHODS])
+        tested = tables["runs"][tables["runs"]["split"] == "test"]
+        tables["curves"] = pd.concat(
+            [curves_of(out / row.method / row.run, row.method, row.seed) for row in tested.itertuples()]
+        )
+    for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
 
 

@@ -43,7 +43,7 @@ from oprd_nb.explore.tokens import (
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.pairing.positions import pair_positions
-from oprd_nb.runs import RunPaths, synthetic_run
+from oprd_nb.runs import RunPaths, read_run, synthetic_run
 from oprd_nb.teachers import Teacher
 
 EVIL = (
@@ -451,6 +451,28 @@ def test_a_browser_opens_at_a_problem_and_arrow_keys_go_on(tmp_path):
         assert f"Problem {problems[place]}<" in browser.page.value
     with pytest.raises(ValueError, match="problem=999"):
         RolloutBrowser(folder, problem=999)
+
+
+def test_a_slider_plays_the_evaluations_of_a_training(tmp_path):
+    """Problem and kind stay; the responses at the end, and the counts of each kind, are those of the step."""
+    folder = synthetic_run(tmp_path / "run", steps=5, problems=6, samples=1)
+    samples = pd.read_parquet(RunPaths(folder).eval("after"))
+    for step, right in ((0, 0), (10, 2), (20, 5)):
+        texts = samples["response"] + f" in step {step}"
+        table = samples.assign(correct=samples["problem"] < right, response=texts)
+        table.to_parquet(RunPaths(folder).eval_at(step), index=False)
+    steps = read_run(folder).evals.steps
+    browser = RolloutBrowser(folder, steps, problem=1)
+    assert browser.when.layout.display == "flex" and RolloutBrowser(folder).when.layout.display == "none"
+    browser.kind.value = "wrong, then right"
+    browser.show(1)
+    assert "in step 10" in browser.page.value and browser.count.value == "of 2"
+    browser.when.value = "step-000020"
+    assert "in step 0<" in browser.page.value and "in step 20<" in browser.page.value
+    assert "in step 10" not in browser.page.value
+    assert "Problem 1<" in browser.page.value and browser.count.value == "of 5"
+    assert browser.kind.value == "wrong, then right"
+    assert ("wrong, then right (5)", "wrong, then right") in browser.kind.options
 
 
 def test_an_empty_kind_is_said(tmp_path):

@@ -60,7 +60,10 @@ def test_the_report_shows_curve_and_teacher(run, tmp_path):
     _, folder, _, _ = run
     stored = read_run(folder)
     assert stored.metrics["eval/avg@1"].notna().sum() == 3  # before the first of two steps, and after each
-    assert set(stored.evals) == {"before", "after", "teacher"}
+    assert stored.evals.steps == {"step-000000": 0, "step-000001": 1, "step-000002": 2}
+    assert set(stored.evals) == {"before", "after", "teacher", *stored.evals.steps}
+    kept = stored.evals["step-000002"]["correct"].mean()
+    assert kept == stored.metrics.set_index("step")["eval/avg@1"].dropna()[2]
     page = write_report([stored], tmp_path / "report.html").read_text("utf-8")
     assert "Teacher" in page and "</span>Nearer" in page
 

@@ -15,6 +15,8 @@ import yaml
 
 from oprd_nb.cli import main
 from oprd_nb.models.loading import load_model, load_tokenizer
+from oprd_nb.runs import Evals, RunPaths
+from oprd_nb.training.callbacks import remove_evaluations
 from oprd_nb.training.checkpoints import last_good_checkpoint
 from oprd_nb.training.lock import LOCK_FILE, run_lock
 
@@ -228,3 +230,15 @@ def test_a_full_disk_leaves_nothing_torn(command, run, capsys):
     assert code in (1, 2) and "Traceback" not in error, error
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize(("last", "left"), [(0, []), (20, [10, 20])])
+def test_evaluations_after_the_checkpoint_are_removed(tmp_path, last, left):
+    """All of an earlier run where a run starts afresh, also what it answered before its first step."""
+    paths = RunPaths(tmp_path)
+    (tmp_path / "eval").mkdir()
+    for path in [paths.eval("after"), *(paths.eval_at(step) for step in (10, 20, 30))]:
+        path.touch()
+    remove_evaluations(paths, last)
+    assert list(Evals(tmp_path / "eval").steps.values()) == left
+    assert paths.eval("after").exists()

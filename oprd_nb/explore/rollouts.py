@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SAMPLE_COLUMNS', 'KEYS_SCRIPT', 'is_of_kind', 'Answers', 'read_samples', 'read_scores', 'answers_of',
-           'response_html', 'page_html', 'page_figure', 'ArrowKeys', 'BrowserControls', 'RolloutBrowser']
+           'response_html', 'page_html', 'page_figure', 'ArrowKeys', 'kinds_of', 'BrowserControls', 'RolloutBrowser']
 
 # %% ../../nbs/31_explore/05_rollouts.ipynb #00000002
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +51,11 @@ class Answers:
 
     samples: dict[str, pd.DataFrame]
     tokens: dict[str, pd.DataFrame]
+
+    def only(self, names: Sequence[str]) -> "Answers":
+        """Some of the evaluations, in this order."""
+        tokens = {name: self.tokens[name] for name in names if name in self.tokens}
+        return Answers({name: self.samples[name] for name in names}, tokens)
 
     @cached_property
     def keys(self) -> pd.MultiIndex:
@@ -228,10 +233,19 @@ class ArrowKeys(anywidget.AnyWidget):
         self.on_msg(lambda widget, content, buffers: step(int(content["by"])))
 
 # %% ../../nbs/31_explore/05_rollouts.ipynb #f1a0000b
-class BrowserControls:
-    """The widgets of the browser: `score`, `kind`, `search`, `place`, `previous` and `next`."""
+def kinds_of(answers: Answers) -> list[tuple[str, str]]:
+    """The kinds that can be asked for, each with how many responses are of it, as a menu has them."""
+    kinds = KINDS if len(answers.samples) > 1 else ("all", "right at the end", "wrong at the end")
+    return [(f"{kind} ({len(answers.of_kind(kind))})", kind) for kind in kinds]
 
-    def __init__(self, answers: Answers):
+
+class BrowserControls:
+    """The widgets of the browser: `score`, `when`, `kind`, `search`, `place`, `previous` and `next`.
+
+    names: the evaluations that the slider `when` chooses from; it is hidden where there are none.
+    """
+
+    def __init__(self, answers: Answers, names: Sequence[str] = ()):
         self.answers = answers
         tables = list(answers.tokens.values())
         known = [name for name in SCORES if not tables or any(table[name].notna().any() for table in tables)]
@@ -242,12 +256,12 @@ class BrowserControls:
             style=dict(button_width="max-content"),
             layout=widgets.Layout(width="560px"),
         )
-        kinds = KINDS if len(answers.samples) > 1 else ("all", "right at the end", "wrong at the end")
-        self.kind = widgets.Dropdown(
-            options=[(f"{kind} ({len(answers.of_kind(kind))})", kind) for kind in kinds],
-            value="all",
-            description="Show",
+        self.when = widgets.SelectionSlider(
+            options=names or [""],
+            description="Until",
+            layout=widgets.Layout(display="flex" if names else "none"),
         )
+        self.kind = widgets.Dropdown(options=kinds_of(answers), value="all", description="Show")
         self.search = widgets.Text(placeholder="search", layout=widgets.Layout(width="160px"))
         narrow = widgets.Layout(width="150px")
         self.place = widgets.BoundedIntText(min=1, value=1, description="Number", layout=narrow)
@@ -267,14 +281,19 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
     """Coloured responses of a run folder.
 
     `score`, `kind`, `search` and `place` are the controls, `previous`, `next` and the arrow keys step through
-    problems, `page` shows one. `problem` is the one it opens at; by default the first.
+    problems, `page` shows one. `problem` is the one it opens at; by default the first. Of more than two
+    `names`, such as `read_run(run).evals.steps`, the slider `when` chooses which is next to the first.
     """
 
     def __init__(
         self, run: str | Path | Run, names: Sequence[str] = ("before", "after"), problem: int | None = None
     ):
-        BrowserControls.__init__(self, answers_of(run, names))
+        self._all = answers_of(run, names)
+        first, *later = self._all.samples
+        many = len(later) > 1
+        BrowserControls.__init__(self, self._all.only([first, *later[:1]]), later if many else ())
         self._list()
+        self.when.observe(lambda change: self._turn(), "value")
         self.previous.on_click(lambda button: self.step(-1))
         self.next.on_click(lambda button: self.step(1))
         self.kind.observe(lambda change: self._list(), "value")
@@ -282,7 +301,7 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         self.score.observe(lambda change: self._draw(), "value")
         self.place.observe(lambda change: self._draw(), "value")
         self.arrow_keys = ArrowKeys(self.step)
-        widgets.VBox.__init__(self, [self.score, self.row(self.arrow_keys), self.page])
+        widgets.VBox.__init__(self, [self.score, self.when, self.row(self.arrow_keys), self.page])
         if problem is not None:
             self.show(problem)
 
@@ -303,6 +322,18 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         """What is shown, as a static figure. ValueError where the response was not scored."""
         key = self.listed[self.place.value - 1]
         return page_figure(self.answers, key, self.score.value, self.tops)
+
+    def _turn(self) -> None:
+        """Show another evaluation next to the first; problem and kind stay where that is possible."""
+        key = self.listed[self.place.value - 1] if self.listed else None
+        first = next(iter(self._all.samples))
+        self.answers = self._all.only([first, self.when.value])
+        kind = self.kind.value
+        self.kind.options = kinds_of(self.answers)  # which chooses the first, "all", and so lists anew
+        self.kind.value = kind
+        self._list()
+        if key in self.listed:
+            self.show(*key)
 
     def _list(self) -> None:
         """List the responses of the chosen kind that have the words searched for, and show the first."""

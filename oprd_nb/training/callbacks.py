@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_writable', 'StepClock', 'cut_metrics', 'changes', 'changes_of_run', 'check_same_run', 'check_same_bridge',
-           'remove_checkpoints', 'RunFiles', 'RunStart', 'RunFolder', 'log_safely', 'ProgressBar']
+           'remove_checkpoints', 'remove_evaluations', 'RunFiles', 'RunStart', 'RunFolder', 'log_safely', 'ProgressBar']
 
 # %% ../../nbs/23_training/04_callbacks.ipynb #00000002
 import json
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..bridge.base import BridgeBase
-from ..runs.folder import RunPaths, read_settings, write_about, write_settings
+from ..runs.folder import Evals, RunPaths, read_settings, write_about, write_settings
 from .checkpoints import checkpoints_of
 from ..utils import append_jsonl, read_jsonl, replacing
 
@@ -150,6 +150,13 @@ def remove_checkpoints(folder: Path) -> None:
     for path in old:
         shutil.rmtree(path, ignore_errors=True)
 
+
+def remove_evaluations(paths: RunPaths, last: int) -> None:
+    """Remove what was answered in the course of training after step `last`; all of it where `last` is 0."""
+    for name, step in Evals(paths.folder / "eval").steps.items():
+        if step > last or not last:
+            paths.eval(name).unlink()
+
 # %% ../../nbs/23_training/04_callbacks.ipynb #6f5a6d37
 class RunFiles(StepClock):
     """The files of a run at its start: settings, facts, bridge, and the metrics that are kept."""
@@ -182,6 +189,7 @@ class RunFiles(StepClock):
                 self.bridge.save(self.paths.bridge)
             if not self.resumed_at:
                 remove_checkpoints(self.paths.folder)
+            remove_evaluations(self.paths, self.resumed_at)
             self.seconds += cut_metrics(self.paths.metrics, self.resumed_at)
         except OSError as error:
             raise OSError(

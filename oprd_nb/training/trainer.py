@@ -7,6 +7,7 @@ __all__ = ['HeldOutMixin', 'EvaluationMixin', 'CheckpointMixin', 'ResumeMixin', 
 
 # %% ../../nbs/23_training/07_trainer.ipynb #00000002
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -87,8 +88,18 @@ class EvaluationMixin(HeldOutMixin):
         metrics |= self._diagnostics(student, result.samples, dataset)
         student.train(was_training)
         self.log(dict(metrics))
+        if self.is_in_train and self.is_world_process_zero():
+            self._keep(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _keep(self, result: Evaluation) -> None:
+        """Store the samples of an evaluation in the course of training, for the rollout browser."""
+        path = RunPaths(self.args.folder).eval_at(self.state.global_step)
+        try:
+            result.save(path)
+        except OSError as error:
+            warnings.warn(f"{path}: cannot be written ({error.strerror or error}); going on", stacklevel=2)
 
     def _diagnostics(self, student: nn.Module, samples: pd.DataFrame, problems: Dataset) -> dict[str, float]:
         """What both models say on the sampled responses.
