@@ -391,6 +391,8 @@ class StoredStates:
 # %% ../nbs/09c_cached.ipynb #56c59151
 def unserved(settings: CacheSettings, term: Any, layers: Sequence[LayerKey], depth: int) -> str:
     """What a term that reads these teacher layers needs and a cache does not hold, or ""."""
+    if not term.reads_teacher:
+        return ""
     if term.needs_head:
         return "compares distributions"
     missing = [layer for layer in layers if layer not in settings.layers]

@@ -90,7 +90,8 @@ class SeveralTeachers(Teacher):
                     "bridge=None, or a run for each with its own bridge"
                 )
             compared = term.compared_layers(num_student_layers, num_layers_of(self.model))
-            if not term.needs_head and any(layer == FINAL for _, layer in compared):
+            reads_states = term.reads_teacher and not term.needs_head
+            if reads_states and any(layer == FINAL for _, layer in compared):
                 raise ValueError(
                     f"objective: {term.name} compares the final states of several teachers; name the layer "
                     "by its number in compared_layers"

@@ -46,6 +46,11 @@ def test_ddp_equals_one_process(tmp_path):
 
 
 @pytest.mark.slow
+def test_groups_stay_whole_in_two_processes(tmp_path):
+    check("ddp-reward", run(tmp_path, "ddp-reward")["ddp-reward"])
+
+
+@pytest.mark.slow
 def test_fsdp2_equals_one_process(tmp_path):
     for kind, result in run(
         tmp_path, "fsdp2", "fsdp2-headless", "fsdp2-lora", "fsdp2-lora-headless", "fsdp2-base"

@@ -18,7 +18,7 @@ from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.distances import DISTANCES, Target, position_distances
 from oprd_nb.objectives.objective import loss_of, loss_on_pairs
-from oprd_nb.objectives.output_space import FullKL, SampledTokenKL, TopKKL
+from oprd_nb.objectives.output_space import CrossEntropy, FullKL, SampledTokenKL, TopKKL
 from oprd_nb.objectives.representation import Representation
 from oprd_nb.objectives.terms import Objective, SupervisedSteps, Term, TermInputs, as_objective
 from oprd_nb.pairing.positions import identity_pairs
@@ -41,6 +41,8 @@ TERMS = [
     FullKL("forward"),
     FullKL("jsd"),
     FullKL("jsd", beta=0.2, positions="last:2"),
+    CrossEntropy(),
+    CrossEntropy(positions="last:2"),
 ]
 RESPONSES = [
     [10, 11, 12, 2],
@@ -139,6 +141,8 @@ def reference_row(term, student_out, teacher_out, t, token):
         torch.exp(out.logits[0, t - 1] - torch.logsumexp(out.logits[0, t - 1], 0))
         for out in (student_out, teacher_out)
     )
+    if isinstance(term, CrossEntropy):
+        return -float(torch.log(p[token]))
     if isinstance(term, SampledTokenKL):
         return float(torch.log(p[token]) - torch.log(q[token]))
     if isinstance(term, TopKKL):

@@ -29,6 +29,8 @@ OPTIONS = [
     (dict(method="last-opd", positions="all"), "CrossFade(terms=[(1.0, Representation(layers='last'"),
     (dict(method="opd-tail", k=4), "TopKTailKL(k=4"),
     (dict(method="last-opd", reduction="sequence"), "reduction='sequence'"),
+    (dict(reward=0.5, reduction="sequence"), "(0.5, TaskReward(reward=None, baseline='group'"),
+    (dict(method="opd-topk", mu=2.0, reward=0.5), "(0.5, TaskReward("),
 ]
 
 

@@ -3,7 +3,7 @@
 usage: two_processes.py FOLDER KIND ...
 
 KIND is one of
-* ddp or fsdp2, followed by any of -lora, -headless, -base: compared with one process;
+* ddp or fsdp2, followed by any of -lora, -headless, -base, -reward: compared with one process;
 * resume-ddp and the like: a run against its own continuation;
 * sample-ddp-hf, sample-fsdp2-lora-trl and the like: a run that writes its own responses.
 """
@@ -33,6 +33,7 @@ from oprd_nb.core import Rollouts
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.objectives.representation import Representation
+from oprd_nb.objectives.reward import TaskReward
 from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler, ReplaySampler
 from oprd_nb.structure.moments import Moments
@@ -93,7 +94,9 @@ def stored_rollouts(prompts, tokenizer) -> Rollouts:
 # What two processes cannot measure and one can; with FSDP no process has a whole gradient.
 UNSEEN = {"ddp": ("grad/snr",), "fsdp2": ("grad/snr", "gradient/", "time/gradients")}
 SAMPLERS = {
-    "replay": lambda pair, prompts: ReplaySampler(stored_rollouts(prompts, pair.tokenizer), pair.tokenizer),
+    "replay": lambda pair, prompts: ReplaySampler(
+        stored_rollouts([*prompts, *prompts], pair.tokenizer), pair.tokenizer
+    ),
     "hf": lambda pair, prompts: HFSampler(pair.student, pair.tokenizer),
     "trl": lambda pair, prompts: None,
 }
@@ -121,6 +124,7 @@ def run(
     base: bool = False,
     resume: bool | None = None,
     engine: str = "replay",
+    reward: bool = False,
 ) -> None:
     """Five steps of 16 stored responses, two micro-batches per step and process.
 
@@ -128,6 +132,7 @@ def run(
 
     Without `head` the objective reads no logits, so that the head is frozen and never called.
     With `base` the teacher is the student without its adapters.
+    With `reward` each prompt has two responses, which are compared.
     """
     torch.set_num_threads(1)
     pair = embedded("cross_architecture")
@@ -143,7 +148,7 @@ def run(
         max_steps=STEPS,
         per_device_train_batch_size=RESPONSES // 2 // world,
         gradient_accumulation_steps=2,
-        num_generations=1,
+        num_generations=1 + reward,
         max_completion_length=30,
         bf16=False,
         gradient_checkpointing=False,
@@ -163,11 +168,14 @@ def run(
         if base
         else Teacher(pair.teacher, pair.teacher_tokenizer)
     )
+    objective = FullKL() + 3 * representation if head else 3 * representation
+    if reward:
+        objective = objective + TaskReward(lambda text, answer: len(text) / 30)
     trainer = OPRDTrainer(
         model=pair.student,
         teacher=teacher,
         args=args,
-        objective=FullKL() + 3 * representation if head else 3 * representation,
+        objective=objective,
         train_dataset=prompts,
         eval_dataset=prompts.select(range(4)),
         processing_class=pair.tokenizer,
@@ -253,7 +261,12 @@ def main(out: Path, kinds: list[str]) -> dict:
     for variant in sorted({kind.partition("-")[2] for kind in kinds}):
         one, options = (
             out / f"one-{variant}",
-            {"lora": "lora" in variant, "head": "headless" not in variant, "base": "base" in variant},
+            {
+                "lora": "lora" in variant,
+                "head": "headless" not in variant,
+                "base": "base" in variant,
+                "reward": "reward" in variant,
+            },
         )
         alone = launch(one, "ddp", 1, **options)
         wanted = torch.load(one / "seen.pt")

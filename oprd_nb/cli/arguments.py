@@ -216,6 +216,7 @@ LIMITS: dict[str, Range] = {
     "max_new_tokens": (1, MANY),
     "min_p": (0, 1),
     "mu": (0, 1e9),
+    "reward": (0, 1e9),
     "repetition_penalty": (1e-2, 100),
     "rounds": (1, MANY),
     "samples": (1, MANY),

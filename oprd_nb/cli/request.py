@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MethodArguments', 'TermArguments', 'ModelArguments', 'DataArguments', 'TrainArguments', 'check_methods', 'take_card',
-           'output_term', 'objective_of', 'check_terms_of_request', 'objective_needs_head', 'other_prompt',
-           'settings_of_request']
+           'output_term', 'distillation_of', 'objective_of', 'check_terms_of_request', 'objective_needs_head',
+           'other_prompt', 'settings_of_request']
 
 # %% ../../nbs/60_cli/03b_request.ipynb #9b3b809a
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from ..objectives.distances import DISTANCES
 from ..objectives.followups import TopKTailKL
 from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
 from ..objectives.representation import Representation
+from ..objectives.reward import TaskReward
 from ..objectives.terms import Objective, Term, as_objective
 from ..rollouts.prompts import read_template
 from ..rollouts.settings import SamplingSettings
@@ -32,6 +33,7 @@ from ..training.config import OPRDConfig
 from ..training.experiment import BRIDGE_KINDS, METHODS, STATE_METHODS, bridge_term
 
 # %% ../../nbs/60_cli/03b_request.ipynb #894dcdb4
+_ADDED = "Weight of a representation term (Eq. 7), of the task's reward, added"
 _THEN = "Of its own; by default the same rate, and half of --max_steps"
 
 
@@ -47,9 +49,8 @@ class MethodArguments:
         default="", help="Folder of a bridge for bridge and readout; by default one is fitted."
     )
     rank: str = HfArg(default="8", help="Components of a bridge that is fitted first, or auto.")
-    mu: float = HfArg(
-        default=0.0, help="Weight of a representation term added to an output-space method (Eq. 7)."
-    )
+    mu: float = HfArg(default=0.0, help=_ADDED)
+    reward: float = HfArg(default=0.0, help=_ADDED)
     layers: str = HfArg(
         default="all", help="Layers of the representation term: all, last, even, odd or 1,5,28."
     )
@@ -209,19 +210,15 @@ def output_term(method: str, args: TrainArguments) -> Term:
     return FullKL(args.divergence, args.jsd_weight)
 
 
-def objective_of(
+def distillation_of(
     method: str,
     args: TrainArguments,
     bridge: Bridge | ReadoutBridge | None = None,
     layer_pairs: Sequence[tuple[int, int]] | None = None,
 ) -> Objective:
-    """The objective that a method, `--mu` and the options of its terms describe.
-
-    layer_pairs: (student layer, teacher layer), in place of `--layers` and Eq. 11.
-    """
+    """The terms of `objective_of` that compare with the teacher."""
     if method in BRIDGE_KINDS:
-        term = bridge_term(bridge, args.layers, args.positions, args.distance or None)
-        return Objective(as_objective(term).terms, args.reduction)
+        return as_objective(bridge_term(bridge, args.layers, args.positions, args.distance or None))
     shape: dict[str, Any] = {
         "layers": args.layers,
         "positions": args.positions,
@@ -230,10 +227,30 @@ def objective_of(
         "layer_pairs": layer_pairs,
     }
     if method in STATE_METHODS:
-        return STATE_METHODS[method](**shape).with_reduction(args.reduction)
+        return STATE_METHODS[method](**shape)
     objective = as_objective(output_term(method, args))
     if args.mu:
         objective = objective + args.mu * Representation(**shape)
+    return objective
+
+
+def objective_of(
+    method: str,
+    args: TrainArguments,
+    bridge: Bridge | ReadoutBridge | None = None,
+    layer_pairs: Sequence[tuple[int, int]] | None = None,
+) -> Objective:
+    """The objective that a method, `--mu`, `--reward` and the options of its terms describe.
+
+    layer_pairs: (student layer, teacher layer), in place of `--layers` and Eq. 11.
+    """
+    objective = distillation_of(method, args, bridge, layer_pairs)
+    if args.reward and method == "last-opd":
+        raise ValueError(
+            f"reward={args.reward}: last-opd goes from one term to another and takes no third; leave one away"
+        )
+    if args.reward:
+        objective = objective + args.reward * TaskReward()
     return objective.with_reduction(args.reduction)
 
 # %% ../../nbs/60_cli/03b_request.ipynb #4c84ddc3
@@ -267,7 +284,7 @@ def check_terms_of_request(args: TrainArguments) -> None:
 def objective_needs_head(args: TrainArguments) -> bool:
     """Whether a run reads output distributions, and not only hidden states."""
     methods = {args.method, args.then} & set(METHODS)
-    return any(METHODS[method]().needs_head for method in methods)
+    return bool(args.reward) or any(METHODS[method]().needs_head for method in methods)
 
 
 def other_prompt(args: TrainArguments) -> Callable[[list[dict]], list[dict]] | None:

@@ -228,9 +228,10 @@ def stage(
     """
     bridge = bridge_of(method, args, config, pair, teacher)
     label = method_style(method).label
+    added = {"OPRD": args.mu, "task reward": args.reward}
     settings = settings_of_request(args)
     about = {
-        "label": f"{label} + {args.mu:g} OPRD" if args.mu else label,
+        "label": " + ".join([label, *(f"{weight:g} {name}" for name, weight in added.items() if weight)]),
         "bridge": None if bridge is None else repr(bridge),
         "earlier_stages": [Path(args.student).name] if in_two_stages(args, config) else [],
         "command": args.command or " ".join(["oprd", "train", *sys.argv[2:]]),

@@ -12,9 +12,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "distances": ["DISTANCES"],
         "terms": ["Term", "TermInputs", "Objective"],
         "representation": ["Representation"],
-        "output_space": ["SampledTokenKL", "TopKKL", "FullKL"],
+        "output_space": ["SampledTokenKL", "TopKKL", "FullKL", "CrossEntropy"],
+        "reward": ["TaskReward"],
         "followups": ["CrossFade", "Transitions", "Relational", "Weighted", "TopKTailKL"],
-        "objective": ["TermLosses", "position_losses", "reduce_losses", "loss_of", "loss_on_pairs"],
+        "objective": [
+            "TermLosses",
+            "position_losses",
+            "reduce_losses",
+            "loss_of",
+            "loss_on_pairs",
+            "score_responses",
+        ],
     },
 )
 
@@ -22,7 +30,13 @@ if TYPE_CHECKING:
     from .distances import DISTANCES as DISTANCES
     from .terms import Term as Term, TermInputs as TermInputs, Objective as Objective
     from .representation import Representation as Representation
-    from .output_space import SampledTokenKL as SampledTokenKL, TopKKL as TopKKL, FullKL as FullKL
+    from .output_space import (
+        CrossEntropy as CrossEntropy,
+        FullKL as FullKL,
+        SampledTokenKL as SampledTokenKL,
+        TopKKL as TopKKL,
+    )
+    from .reward import TaskReward as TaskReward
     from .followups import (
         CrossFade as CrossFade,
         Relational as Relational,
@@ -36,4 +50,5 @@ if TYPE_CHECKING:
         loss_on_pairs as loss_on_pairs,
         position_losses as position_losses,
         reduce_losses as reduce_losses,
+        score_responses as score_responses,
     )

@@ -10,6 +10,7 @@ __all__ = ['RELATIONS', 'MEASURES', 'Transitions', 'earlier_in_window', 'relatio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..capture import FINAL, LayerKey, at_least_float32
-from ..core import Positions
+from ..core import Positions, Rollouts
 from .distances import DISTANCES, Target, position_distances
 from .output_space import LOGIT_POSITIONS, OutputTerm, chosen_log_probs, kl, log_probs
 from .representation import ComparedLayers
-from .terms import LayerPair, Objective, Term, TermInputs, as_objective
+from .terms import LayerPair, Objective, Scores, Term, TermInputs, as_objective
 from ..pairing.positions import Pairs
 from ..teachers import Teacher
 
@@ -193,17 +194,35 @@ class WrappedTerm(Term):
     def _take_over(self, name: str) -> None:
         """The attributes of the inner term, under another name."""
         self.name = name
-        for attribute in ("positions", "predicting", "final_norm", "bridge", "any_width"):
+        for attribute in (
+            "positions",
+            "predicting",
+            "final_norm",
+            "bridge",
+            "any_width",
+            "scores_responses",
+            "columns",
+        ):
             setattr(self, attribute, getattr(self.term, attribute))
         self.trains_head = self.term.needs_head and self.term.trains_head
 
     def mask(self, pairs: Pairs) -> Bool[Tensor, "batch time"]:
-        """The inner term's positions."""
-        return self.term.mask(pairs)
+        """The inner term's positions, where the teacher has one too."""
+        return self.term.mask(pairs) & pairs.paired
 
     def check(self, student: nn.Module, teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> None:
         """The inner term's checks."""
         self.term.check(student, teacher, tokenizer)
+
+    def check_data(self, train_dataset: Any, num_generations: int) -> None:
+        """The inner term's checks."""
+        self.term.check_data(train_dataset, num_generations)
+
+    def score(
+        self, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, grade_with: str | None = None
+    ) -> Scores:
+        """The inner term's scores."""
+        return self.term.score(rollouts, tokenizer, grade_with)
 
     def student_layers(self, num_student_layers: int) -> list[LayerKey]:
         """The inner term's layers, and the final states."""

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Losses', 'Result', 'LazyLayers', 'ReadPositions', 'union_of', 'PlannedPositions', 'CapturePlan', 'positions_by_layer',
-           'plan_capture', 'TermLosses', 'losses_of_terms', 'call', 'position_losses', 'reduce_losses',
-           'metrics_by_teacher', 'loss_on_pairs', 'check_vocabularies', 'check_models', 'loss_of']
+           'plan_capture', 'TermLosses', 'losses_of_terms', 'call', 'check_score_names', 'score_column',
+           'score_responses', 'stored_scores', 'position_losses', 'reduce_losses', 'metrics_by_teacher',
+           'loss_on_pairs', 'check_vocabularies', 'check_models', 'loss_of']
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #00000002
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar, overload
 
@@ -31,7 +32,16 @@ from oprd_nb.capture import (
 from ..core import Rollouts
 from ..models.loading import input_device
 from .distances import Target
-from .terms import Head, LayerPair, Objective, Term, TermInputs, as_objective, no_head
+from oprd_nb.objectives.terms import (
+    SCORE,
+    Head,
+    LayerPair,
+    Objective,
+    Term,
+    TermInputs,
+    as_objective,
+    no_head,
+)
 from ..pairing.positions import Pairs
 from ..pairing.token_bytes import fingerprint
 from ..teachers import Teacher
@@ -104,7 +114,8 @@ class PlannedPositions:
     teacher: dict[LayerKey, ReadPositions]
 
     def __post_init__(self):
-        self.num_readers = Counter(key for layers in self.layer_pairs for _, key in layers)
+        reading = zip(self.terms, self.layer_pairs, strict=True)
+        self.num_readers = Counter(key for term, own in reading if term.reads_teacher for _, key in own)
         self.offsets = [self.pairs.offsets.flatten()[index] for index in self.indices]
 
     @property
@@ -142,7 +153,9 @@ class CapturePlan(PlannedPositions):
         return LazyLayers([partial(states, key) for key, _ in self.layer_pairs[term]])
 
     def teacher_targets(self, term: int, captured: Captured) -> list[Target]:
-        """What one term compares them with."""
+        """What one term compares them with; nothing where it does not read the teacher."""
+        if not self.terms[term].reads_teacher:
+            return []
         return [self._target(term, layer, key, captured) for layer, key in self.layer_pairs[term]]
 
     def _target(self, term: int, layer: LayerKey, key: LayerKey, captured: Captured) -> Target:
@@ -182,10 +195,10 @@ def plan_capture(
     masks = [term.mask(pairs) for term in terms]
     indices = [mask.flatten().nonzero().squeeze(1) for mask in masks]
     layer_pairs = [term.compared_layers(num_student_layers, num_teacher_layers) for term in terms]
-    read = []
-    for side in (0, 1):
-        layers = [[both[side] for both in own] for own in layer_pairs]
-        read.append(positions_by_layer(layers, indices, masks[0].numel()))
+    of_student = [[layer for layer, _ in own] for own in layer_pairs]
+    reading = zip(terms, layer_pairs, strict=True)
+    of_teacher = [[layer for _, layer in own] if term.reads_teacher else [] for term, own in reading]
+    read = [positions_by_layer(layers, indices, masks[0].numel()) for layers in (of_student, of_teacher)]
     return CapturePlan(pairs, terms, masks, indices, layer_pairs, *read)
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #310f45f9
@@ -237,8 +250,12 @@ def losses_of_terms(
     teacher: Captured,
     heads: tuple[Head, Head],
     next_tokens: Int[Tensor, "batch time"],
+    scores: Mapping[str, Float[Tensor, "batch"]],
 ) -> list[Losses]:
-    """Losses and metrics of each term from captured states, whose memory on the teacher's side is used up."""
+    """Losses and metrics of each term from captured states, whose memory on the teacher's side is used up.
+
+    scores: of each response, by the name of the term.
+    """
     results = []
     for number, term in enumerate(plan.terms):
         index = plan.indices[number]
@@ -249,7 +266,8 @@ def losses_of_terms(
         targets = plan.teacher_targets(number, teacher)
         following = next_tokens.flatten()[index]
         responses = index // next_tokens.shape[1]
-        inputs = TermInputs(plan.layer_pairs[number], states, targets, following, *heads, responses)
+        own = scores[term.name][responses] if term.scores_responses else None
+        inputs = TermInputs(plan.layer_pairs[number], states, targets, following, *heads, responses, own)
         results.append(_checked(term, term.per_position(inputs), len(index)))
     return results
 
@@ -260,6 +278,58 @@ Result = TypeVar("Result")
 def call(ask: Callable[[], Result]) -> Result:
     """`ask()`: how a model without a wrapper is run."""
     return ask()
+
+# %% ../../nbs/20_objectives/05_objective.ipynb #8438cf9d
+def check_score_names(objective: Objective) -> None:
+    """ValueError for two terms that score responses under one name."""
+    names = [term.name for _, term in objective.terms if term.scores_responses]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"objective: {names.count(name)} terms named {name!r} score responses; give each its own name"
+            )
+
+
+def score_column(term: Term) -> str:
+    """The column of the rollouts that holds a term's scores."""
+    return SCORE + term.name
+
+# %% ../../nbs/20_objectives/05_objective.ipynb #fa0819fb
+def score_responses(
+    objective: Objective,
+    rollouts: Rollouts,
+    tokenizer: PreTrainedTokenizerBase,
+    grade_with: str | None = None,
+) -> tuple[Rollouts, dict[str, tuple[float, float]]]:
+    """A step's rollouts with the scores of each term that gives some, and what these terms measured.
+
+    `rollouts` must hold the columns that such terms read.
+    """
+    columns: dict[str, list] = {}
+    metrics: dict[str, tuple[float, float]] = {}
+    for _, term in objective.terms:
+        if term.scores_responses:
+            scores = term.score(rollouts, tokenizer, grade_with)
+            columns[score_column(term)] = scores.values
+            metrics |= scores.metrics
+    if not columns:
+        return rollouts, metrics
+    return replace(rollouts, columns=(rollouts.columns or {}) | columns), metrics
+
+# %% ../../nbs/20_objectives/05_objective.ipynb #ee953189
+def stored_scores(objective: Objective, rollouts: Rollouts) -> dict[str, Float[Tensor, "batch"]]:
+    """What `score_responses` stored, by the names of the terms. ValueError where it was not asked."""
+    scores = {}
+    for _, term in objective.terms:
+        if term.scores_responses:
+            values = (rollouts.columns or {}).get(score_column(term))
+            if values is None:
+                raise ValueError(
+                    f"rollouts: hold no scores of the term {term.name!r}; call score_responses on the whole "
+                    "step first"
+                )
+            scores[term.name] = torch.tensor(values, dtype=torch.float32, device=rollouts.input_ids.device)
+    return scores
 
 # %% ../../nbs/20_objectives/05_objective.ipynb #72098dac
 def position_losses(
@@ -276,7 +346,7 @@ def position_losses(
 ) -> list[TermLosses]:
     """What each term says about each of its positions, from one pass of each model.
 
-    `pairs`: what the teacher reads of `rollouts`.
+    `pairs`: what the teacher reads of `rollouts`, which hold `score_responses` where a term needs them.
     `next_ids`: in place of `rollouts.input_ids` where the tokens that follow each prefix are drawn anew.
     `run_teacher`, `run_student`: call the function they are given inside a wrapper's forward.
     `temperature`: what both models' logits are divided by, in terms that read logits.
@@ -288,6 +358,7 @@ def position_losses(
     plan = plan_capture(objective, pairs, num_layers_of(student), num_layers_of(teacher.model))
     ids = rollouts.input_ids if next_ids is None else next_ids.to(device)
     next_tokens = torch.cat([ids[:, 1:], ids[:, -1:]], 1)
+    scores = stored_scores(objective, rollouts)
 
     def ask_teacher() -> Captured:
         return teacher.capture(pairs, plan.teacher_rows, objective.final_norm, plan.transforms)
@@ -299,10 +370,12 @@ def position_losses(
         )
         heads = (no_head, no_head)
         if objective.needs_head:
-            heads = (at_temperature(lm_head_of(student), temperature), teacher.head(temperature))
-        return losses_of_terms(plan, states, teacher_states, heads, next_tokens)
+            of_teacher = teacher.head(temperature) if objective.compares_outputs else no_head
+            heads = (at_temperature(lm_head_of(student), temperature), of_teacher)
+        return losses_of_terms(plan, states, teacher_states, heads, next_tokens, scores)
 
-    teacher_states = run_teacher(ask_teacher)
+    # Terms that read the student alone need no pass of the teacher.
+    teacher_states = run_teacher(ask_teacher) if plan.teacher else Captured({})
     results = run_student(ask_student)
     term_losses = []
     for number, (losses, metrics) in enumerate(results):
@@ -390,8 +463,8 @@ def check_vocabularies(
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """ValueError if an output-space term would compare distributions over two different vocabularies."""
-    if objective.needs_head and fingerprint(student_tokenizer) != fingerprint(teacher_tokenizer):
-        names = [term.name for _, term in objective.terms if term.needs_head]
+    if objective.compares_outputs and fingerprint(student_tokenizer) != fingerprint(teacher_tokenizer):
+        names = [term.name for _, term in objective.terms if term.needs_head and term.reads_teacher]
         raise ValueError(
             f"objective: the terms {names} compare next-token distributions, but student and teacher have "
             "different tokenizers; use Representation(bridge=...) across tokenizers"
@@ -403,6 +476,7 @@ def check_models(
 ) -> None:
     """ValueError if a term of `objective` cannot compare these models; `tokenizer` is the student's."""
     check_vocabularies(objective, tokenizer, teacher.tokenizer)
+    check_score_names(objective)
     teacher.check_terms([term for _, term in objective.terms], num_layers_of(student))
     for _, term in objective.terms:
         term.check_layers(num_layers_of(student), num_layers_of(teacher.model))
@@ -421,19 +495,22 @@ def loss_of(
     """Loss and mean metrics of `student` against `teacher` on `rollouts`; `tokenizer` is the student's.
 
     `counts` default to this batch's own; `temperature` divides the logits of both models.
+    A term that scores responses finds what it reads in `rollouts.columns`.
     ValueError if a term cannot compare these models.
     """
     objective = as_objective(objective)
     check_models(objective, student, teacher, tokenizer)
+    rollouts, scored = score_responses(objective, rollouts, tokenizer)
     pairs = teacher.read(rollouts, tokenizer)
     if counts is None:
         counts = objective.counts(pairs)
     parts = position_losses(objective, student, teacher, rollouts, pairs, temperature=temperature)
     loss, metrics = reduce_losses(objective, parts, counts)
+    means = {name: total / number for name, (total, number) in scored.items()}
     if not metrics:
-        return loss, {}
+        return loss, means
     totals = torch.stack([total for total, _ in metrics.values()]).tolist()
     counted = zip(metrics.items(), totals, strict=True)
-    means = {name: total / number for (name, (_, number)), total in counted}
+    means |= {name: total / number for (name, (_, number)), total in counted}
     split = metrics_by_teacher(parts, pairs, teacher.names)
     return loss, means | {name: (total / n).item() for name, (total, n) in split.items() if n}

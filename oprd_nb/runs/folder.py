@@ -134,6 +134,10 @@ METRICS = {
     "full/reverse": Metric("nats per token", "Reverse KL, nats per token"),
     "full/forward": Metric("nats per token", "Forward KL, nats per token"),
     "full/jsd": Metric("nats per token", "Jensen-Shannon, nats per token"),
+    "reward/mean": Metric("reward", "Mean reward of a response"),
+    "reward/equal_groups": Metric("share", "Prompts whose responses are all alike in reward", ".1%"),
+    "reward/pg_loss": Metric("nats per token", "Advantage times -log p, nats per token"),
+    "sft/cross_entropy": Metric("nats per token", "Cross-entropy, nats per token"),
     # Rollouts.
     "response_length/mean": Metric("tokens", "Tokens per response", ","),
     "response/truncated": Metric("share", "Responses cut off", ".1%"),
@@ -205,6 +209,8 @@ METHODS = {
     "gated": Method("OPRD gated", "#882255", "triangle-right"),
     "last-opd": Method("LastOPD", "#AA4499", "hourglass"),
     "opd-tail": Method("OPD top-k and tail", "#CC6677", "bowtie"),
+    "reward": Method("task reward", "#8C564B", "star-square"),
+    "sft": Method("SFT", OKABE_ITO["yellow"], "hexagon2"),
     "student": Method("Student", OKABE_ITO["grey"], "x"),
     "teacher": Method("Teacher", OKABE_ITO["black"], "cross"),
 }

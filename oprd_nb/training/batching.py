@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core import Rollouts
+from ..objectives.terms import SCORE
 from ..pairing.positions import Pairs
 
 # %% ../../nbs/23_training/01_batching.ipynb #00000005
@@ -88,14 +89,23 @@ class MicroBatch:
     pairs: Pairs
     counts: Float[Tensor, "terms"]
 
-    def to_batch(self) -> dict[str, Tensor]:
-        """Pairs and counts as (batch, time) and 0-d tensors; the rollouts travel as TRL's own tensors."""
-        return self.pairs.to_batch() | {f"count_{i}": count for i, count in enumerate(self.counts)}
+    def to_batch(self) -> dict[str, Any]:
+        """Pairs and counts as (batch, time) and 0-d tensors, and columns of numbers as lists.
+
+        The rest of the rollouts travels as TRL's own tensors.
+        """
+        columns = (self.rollouts.columns or {}).items()
+        scores = {name: values for name, values in columns if name.startswith(SCORE)}
+        counts = {f"count_{i}": count for i, count in enumerate(self.counts)}
+        return self.pairs.to_batch() | counts | scores
 
     @classmethod
     def from_batch(cls, batch: dict[str, Any], rollouts: Rollouts, num_terms: int) -> "MicroBatch":
         """The inverse of `to_batch`, for `rollouts` that were permuted and cut along with `batch`."""
         pairs = Pairs.from_batch(batch, rollouts.response_mask)
+        scores = {name: values for name, values in batch.items() if name.startswith(SCORE)}
+        if scores:
+            rollouts = replace(rollouts, columns=(rollouts.columns or {}) | scores)
         return cls(rollouts, pairs, torch.stack([batch[f"count_{i}"] for i in range(num_terms)]))
 
     def parts(self, budget: int) -> list["MicroBatch"]:

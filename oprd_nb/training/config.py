@@ -444,6 +444,8 @@ _METHOD_OF_TERM = {
     "TopKTailKL": "opd-tail",
     "Transitions": "transitions",
     "Relational": "relational",
+    "TaskReward": "reward",
+    "CrossEntropy": "sft",
 }
 
 

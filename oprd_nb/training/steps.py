@@ -33,7 +33,13 @@ from ..capture import Captured
 from ..core import Rollouts, set_seed
 from ..evaluation.sampling import Grading
 from ..models.loading import input_device
-from ..objectives.objective import Losses, metrics_by_teacher, position_losses, reduce_losses
+from oprd_nb.objectives.objective import (
+    Losses,
+    metrics_by_teacher,
+    position_losses,
+    reduce_losses,
+    score_responses,
+)
 from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
 from ..pairing.positions import Pairs
 from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
@@ -235,6 +241,8 @@ class TrainerBase(AskedSides):
         check_sides(*sides)
         train_dataset = without_long_prompts(train_dataset, *sides, args, self.prompt_format)
         check_terms(self.objective, model, teacher, processing_class)
+        for _, term in self.objective.terms:
+            term.check_data(train_dataset, args.num_generations)
         bridge = bridge_of(self.objective)
         check_writable(args.folder)
         set_seed(args.seed)  # adapters are drawn at random
@@ -378,13 +386,19 @@ class RolloutMixin(SamplingMixin):
         batch = super()._generate_and_score_completions(inputs)
         self.step_metrics.add_seconds("time/rollout", time.perf_counter() - started)
         rollouts = rollouts_of(batch, [example["prompt"] for example in inputs])
-        rollouts.columns = {name: [example[name] for example in inputs] for name in self.teacher.columns}
+        needed = [*self.teacher.columns, *self.objective.columns]
+        rollouts.columns = {name: [example[name] for example in inputs] for name in needed}
         own_prompts = {}
         if "teacher_prompt" in inputs[0]:
             own_prompts = {"prompts": [example["teacher_prompt"] for example in inputs]}
         pairs = self.teacher.read(rollouts, self._tokenizer, **own_prompts)
         counts = self.shared_counts(self.objective.counts(pairs))
         self._supervised_steps.see(counts)
+        rollouts, measured = score_responses(
+            self.objective, rollouts, self._tokenizer, self.args.grade_with or None
+        )
+        for name, (total, number) in measured.items():
+            self.step_metrics.add(name, total, number)
         self._describe_rollouts(rollouts, pairs)
         self._grade_rollouts(rollouts, [example.get("answer") for example in inputs], pairs.sources)
         return batch | MicroBatch(rollouts, pairs, counts).to_batch()
