@@ -338,8 +338,11 @@ def check_shared(student: nn.Module, teacher: Teacher) -> None:
             )
 
 # %% ../../nbs/23_training/05_config.ipynb #20a5805b
-def check_dataset(dataset: Dataset | None, args: OPRDConfig) -> None:
-    """ValueError for a training set without prompts, or with fewer than one step needs."""
+def check_dataset(dataset: Dataset | None, args: OPRDConfig, objective: Objective | None = None) -> None:
+    """ValueError for a training set without prompts, with fewer than one step needs, or without answers.
+
+    objective: whose terms may score responses, for which they need columns of the set.
+    """
     if dataset is None or "prompt" not in dataset.column_names:
         columns = None if dataset is None else dataset.column_names
         raise ValueError(f"train_dataset: has columns {columns}; it needs 'prompt' (chat messages)")
@@ -350,6 +353,8 @@ def check_dataset(dataset: Dataset | None, args: OPRDConfig) -> None:
             f"train_dataset: {len(dataset)} prompts, but one step takes {needed}; "
             "lower the batch size or add prompts"
         )
+    for _, term in objective.terms if objective else []:
+        term.check_data(dataset, args.num_generations)
 
 # %% ../../nbs/23_training/05_config.ipynb #3f25ec92
 def check_terms(

@@ -230,9 +230,9 @@ class TrainerBase(AskedSides):
         **trainer_options: Any,
     ):
         check_trl()
-        check_dataset(train_dataset, args)
-        teacher.check_columns(train_dataset, eval_dataset)
         self.objective = as_objective(objective)
+        check_dataset(train_dataset, args, self.objective)
+        teacher.check_columns(train_dataset, eval_dataset)
         self.teacher = teacher
         self.eval_sampler = eval_sampler or sampler
         self._set_sampling(sampler or sampler_for_stops(model, processing_class, args), args)
@@ -241,8 +241,6 @@ class TrainerBase(AskedSides):
         check_sides(*sides)
         train_dataset = without_long_prompts(train_dataset, *sides, args, self.prompt_format)
         check_terms(self.objective, model, teacher, processing_class)
-        for _, term in self.objective.terms:
-            term.check_data(train_dataset, args.num_generations)
         bridge = bridge_of(self.objective)
         check_writable(args.folder)
         set_seed(args.seed)  # adapters are drawn at random
