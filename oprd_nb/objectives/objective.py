@@ -289,7 +289,7 @@ def check_score_names(objective: Objective) -> None:
                 f"objective: {names.count(name)} terms named {name!r} score responses; give each its own name"
             )
 
-
+# %% ../../nbs/20_objectives/05_objective.ipynb #9a097d60
 def score_column(term: Term) -> str:
     """The column of the rollouts that holds a term's scores."""
     return SCORE + term.name

@@ -52,7 +52,7 @@ def over_chunks(compute: Callable[..., Tensor], *tensors: Tensor) -> Float[Tenso
         [checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     )
 
-
+# %% ../../nbs/20_objectives/04_output_space.ipynb #ab5d866f
 def in_chunks(loss: LogitLoss, inputs: TermInputs) -> Float[Tensor, "n"]:
     """Apply `loss` to the logits of both models chunk by chunk; backward computes each chunk's again."""
 

@@ -139,7 +139,7 @@ class ComparedStates(Addable):
 SCORE = "score/"
 """Columns of rollouts that begin so hold the scores of the term that is named."""
 
-
+# %% ../../nbs/20_objectives/02_terms.ipynb #a52f8c0e
 @dataclass
 class Scores:
     """One number per response of a step, and what was measured: name -> (sum, number of measurements)."""
