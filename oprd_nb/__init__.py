@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "teachers": ["Teacher"],
         "several": ["Teachers", "TeacherMix"],
         "cached": ["CachedTeacher", "write_cache"],
+        "privileged": ["PrivilegedTeacher", "ToldPrompt"],
         "bridge": ["Bridge", "ReadoutBridge"],
         "objectives": ["Representation", "SampledTokenKL", "TopKKL", "FullKL"],
         "evaluation": ["evaluate"],
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from .objectives import Representation as Representation
     from .objectives import SampledTokenKL as SampledTokenKL
     from .objectives import TopKKL as TopKKL
+    from .privileged import PrivilegedTeacher as PrivilegedTeacher
+    from .privileged import ToldPrompt as ToldPrompt
     from .rollouts import HFSampler as HFSampler
     from .rollouts import VLLMSampler as VLLMSampler
     from .several import TeacherMix as TeacherMix

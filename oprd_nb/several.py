@@ -58,13 +58,20 @@ class SeveralTeachers(Teacher):
         check_alike(teachers)
         first = next(iter(teachers.values()))
         self.teachers = dict(teachers)
-        for teacher in self.teachers.values():
+        for name, teacher in self.teachers.items():
+            if offload and teacher.follows_student:
+                raise ValueError(f"offload=True: {name!r} has weights in common with the student; use False")
             teacher.offload = teacher.offload or offload
         options = {field.name: getattr(first, field.name) for field in fields(first)}
-        super().__init__(**options | {"adapters_off": False, "prompt": None})
+        super().__init__(**options | {"adapters_off": False, "prompt": None, "skip": 0})
 
     def __post_init__(self):
         """Nothing: each teacher was checked and frozen when it was made."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Those of each of the teachers."""
+        return tuple(dict.fromkeys(name for teacher in self.teachers.values() for name in teacher.columns))
 
     @property
     def readers(self) -> Sequence[TeacherInARun]:
@@ -178,8 +185,12 @@ class TeacherNames(SeveralTeachers):
     def __init__(self, teachers: Mapping[str, Teacher], column: str = "teacher", offload: bool = False):
         super().__init__(teachers, offload)
         self.column = column
-        self.columns = (column,)
         self.names = tuple(teachers)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The one that names teachers, and those of each of them."""
+        return (self.column, *super().columns)
 
     def _check_names(self, names: Sequence[Any], argument: str) -> None:
         """ValueError for a name that no teacher has."""
@@ -201,6 +212,7 @@ class TeacherNames(SeveralTeachers):
                     f"one of {list(self.names)}, or set Teachers(column=...)"
                 )
             self._check_names(dataset[self.column], argument)
+        super().check_columns(train_dataset, eval_dataset)
 
     def sources_of(self, rollouts: Rollouts) -> Int[Tensor, "batch"]:
         """The number of each rollout's teacher. ValueError where it is not known."""
@@ -305,7 +317,7 @@ def normalized(weights: Mapping[str, float] | None, names: Sequence[str]) -> dic
 def _question(teacher: Teacher) -> tuple[Any, ...]:
     """What decides what a teacher reads, given its tokenizer."""
     template = getattr(teacher.tokenizer, "chat_template", None)
-    return teacher.prompt, teacher.prompt_format, template
+    return teacher.prompt, teacher.prompt_format, teacher.skip, template
 
 # %% ../nbs/09b_several.ipynb #f9704fdf
 class MixedReading(SeveralTeachers):

@@ -40,7 +40,7 @@ class PairArguments:
     with_teacher = True
 
     student: str = HfArg(help="Model folder, hub id, 'smollm2' or 'embedded/student'.")
-    teacher: str = HfArg(help="Likewise; with `oprd train --lora` also base, the student's own.")
+    teacher: str = HfArg(help="Likewise; `oprd train` also base (with --lora), self, ema or copy:50.")
     prompts: str = HfArg(help="Parquet, JSONL, JSON, CSV, folder or hub id; dapo, aime24, arithmetic, words")
 
 # %% ../../nbs/60_cli/01_arguments.ipynb #be18352f
@@ -127,7 +127,8 @@ _ALSO_SHOWN = {
 }
 """Settings of a library that the short help shows, next to those that the kit redefines, in our words."""
 _RARE = tuple(
-    "logging_steps disable_tqdm disable_dropout max_nonfinite max_skipped gradient_every balance".split()
+    "logging_steps disable_tqdm disable_dropout max_nonfinite max_skipped gradient_every balance "
+    "min_doubt skip".split()
 )
 """Settings of the kit that only `--help_all` shows."""
 
@@ -172,7 +173,7 @@ def groups_of(types: Sequence[type]) -> dict[str, list[Field]]:
         title = "Settings of this command."
         if kind is not own:
             title = (kind.__doc__ or "").strip().splitlines()[0]
-        found = [by_name[name] for name in names if name in by_name]
+        found = [by_name[name] for name in names if name in by_name and name not in _RARE]
         if found:
             groups[title] = found
     for library in libraries:
@@ -214,6 +215,7 @@ LIMITS: dict[str, Range] = {
     "limit": (0, math.inf),
     "lora": (0, 100_000),
     "max_new_tokens": (1, MANY),
+    "min_doubt": (0, 1),
     "min_p": (0, 1),
     "mu": (0, 1e9),
     "reward": (0, 1e9),
@@ -221,6 +223,7 @@ LIMITS: dict[str, Range] = {
     "rounds": (1, MANY),
     "samples": (1, MANY),
     "seed": (0, 2**32 - 1),
+    "skip": (0, MANY),
     "steps": (1, MANY),
     "temperature": (0, 100),
     "test_limit": (0, MANY),

@@ -39,6 +39,7 @@ from oprd_nb.cli.request import (
     check_methods,
     objective_of,
     other_prompt,
+    own_weights,
     settings_of_request,
     take_card,
 )
@@ -49,6 +50,7 @@ from ..models.loading import load_model, load_tokenizer
 from ..models.pairs import ModelPair
 from ..models.placement import placement_line, quantised_line
 from ..pairing.layers import pair_layers
+from ..privileged import PrivilegedTeacher
 from ..probing.similarity import cka_matrix
 from ..probing.states import collect, join_states
 from ..rollouts.prompts import PromptFormat, with_switches
@@ -134,19 +136,23 @@ def validation_problems(args: TrainArguments) -> Dataset | None:
 
 # %% ../../nbs/60_cli/04_train.ipynb #41bfdff6
 def teacher_of(args: TrainArguments, pair: ModelPair, of_student: PromptFormat | None = None) -> Teacher:
-    """The teacher of a run: a model of its own or the student's base.
+    """The teacher of a run: a model of its own, the student's base, the student itself or a copy of it.
 
     It is asked the student's prompt, or another one where `teacher_prompt` is set or is a column.
     """
     replaced = other_prompt(args)
     own_prompts = replaced is not None or "teacher_prompt" in pair.task.train.column_names
-    return Teacher(
-        pair.teacher,
-        pair.teacher_tokenizer,
-        adapters_off=pair.teacher is pair.student,
-        prompt=replaced,
-        prompt_format=teacher_format(args, pair.tokenizer, pair.teacher_tokenizer, of_student, own_prompts),
-    )
+    options: dict[str, Any] = {
+        "prompt": replaced,
+        "prompt_format": teacher_format(
+            args, pair.tokenizer, pair.teacher_tokenizer, of_student, own_prompts
+        ),
+        "skip": args.skip,
+    }
+    own = own_weights(args.teacher)
+    if own is None:
+        return Teacher(pair.teacher, pair.teacher_tokenizer, **options)
+    return PrivilegedTeacher(pair.student, pair.tokenizer, **own, **options)
 
 # %% ../../nbs/60_cli/04_train.ipynb #847b9255
 def engine_settings(config: OPRDConfig) -> dict[str, Any]:
@@ -265,7 +271,7 @@ def load_pair(args: TrainArguments, config: OPRDConfig) -> ModelPair:
         args.student, lora, args.quantize or None, args.dtype, str(config.device), train=True
     )
     tokenizer = load_tokenizer(args.student_tokenizer or args.student)
-    if args.teacher == "base":
+    if own_weights(args.teacher):
         return ModelPair(student, student, tokenizer, tokenizer, task)
     where = str(config.device) if args.teacher_device == "auto" else args.teacher_device
     teacher = load_model(args.teacher, None, args.teacher_quantize or None, args.dtype, where)

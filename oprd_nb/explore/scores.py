@@ -9,6 +9,7 @@ __all__ = ['TOKEN_COLUMNS', 'token_texts', 'scoring_terms', 'spread_out', 'score
 # %% ../../nbs/31_explore/03_scores.ipynb #00000003
 import codecs
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,7 +156,8 @@ def score_tokens(
     term: the run's representation term, which says layers and bridge; None: all layers.
     max_tokens: positions that one pass reads, padding included; at least one response.
     """
-    lenient = replace(teacher, min_coverage=0.0)
+    lenient = copy(teacher)
+    lenient.min_coverage = 0.0
     batch_size = max(1, max_tokens // rollouts.input_ids.shape[1])
     training = student.training
     student.eval()
@@ -186,16 +188,19 @@ def score_samples(
     term: Representation | None = None,
     most: int = 64,
     prompt_format: PromptFormat | None = None,
+    columns: Mapping[str, Sequence] | None = None,
 ) -> pd.DataFrame:
     """`score_tokens` of at most `most` responses of an evaluation (see `chosen_samples`).
 
     Columns: problem, sample, position, text, kl, distance, offset. `prompts[problem]` holds chat messages,
-    which the student was asked in `prompt_format`.
+    which the student was asked in `prompt_format`; `columns[name][problem]` what else the teacher is told.
     """
     written = samples[samples["token_ids"].map(len) > 0]
     chosen = chosen_samples(written, most).reset_index(drop=True)
     device = next(student.parameters()).device
     rollouts = stored_rollouts(chosen, prompts, tokenizer, prompt_format).to(device)
+    numbers = chosen["problem"].astype(int)
+    rollouts.columns = {name: [values[i] for i in numbers] for name, values in (columns or {}).items()}
     table = score_tokens(student, teacher, rollouts, tokenizer, term)
     keys = chosen[["problem", "sample"]].loc[table.pop("response")].reset_index(drop=True)
     return pd.concat([keys, table], axis=1)
@@ -239,7 +244,13 @@ def representation_of(objective: Objective) -> Representation | None:
 
 # %% ../../nbs/31_explore/03_scores.ipynb #68c9b12d
 def save_token_scores(when: str, result: Evaluation, problems: Dataset, trainer: OPRDTrainer) -> None:
-    """Score responses of an evaluation into the trainer's run folder; an `after_evaluation`."""
+    """Score responses of an evaluation into the trainer's run folder; an `after_evaluation`.
+
+    Nothing is written where the problems lack what the teacher is told.
+    """
+    told = trainer.teacher.columns
+    if not set(told) <= set(problems.column_names):
+        return
     table = score_samples(
         result.samples,
         problems["prompt"],
@@ -248,5 +259,6 @@ def save_token_scores(when: str, result: Evaluation, problems: Dataset, trainer:
         trainer.processing_class,
         representation_of(trainer.objective),
         prompt_format=trainer.prompt_format,
+        columns={name: problems[name] for name in told},
     )
     save_tokens(table, trainer.args.output_dir, when)

@@ -159,6 +159,7 @@ def _entropy_share(log_p: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n"]:
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "student_entropy": lambda log_p, log_q: _entropy_share(log_p),
+    "student_doubt": lambda log_p, log_q: 1 - log_p.amax(-1).exp(),
     "teacher_entropy": lambda log_p, log_q: _entropy_share(log_q),
     "teacher_confidence": lambda log_p, log_q: log_q.amax(-1).exp(),
     "disagreement": lambda log_p, log_q: (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,

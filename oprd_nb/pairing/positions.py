@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PairedPositions', 'PairCoverage', 'Pairs', 'response_and_predicting', 'identity_pairs', 'end_of_turn',
-           'pair_positions', 'pair_prompted']
+           'pair_positions', 'pair_prompted', 'without_first']
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #00000002
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -465,12 +465,23 @@ def pair_prompted(
 
     `prompts` (chat messages) take the place of the student's, one per rollout, in the teacher's format.
     """
+    prompt_ids = _teacher_prompts(tokenizer, prompts, prompt_format)
+    if prompt_ids == rollouts.prompt_ids():
+        # In the student's own padding, so that equal weights give equal states to the last bit.
+        return identity_pairs(rollouts)
     ids = rollouts.input_ids.cpu().numpy()
     positions = _response_positions(rollouts.response_mask)
     alignments = []
     for sequence, own in zip(ids, positions, strict=True):
         index = np.arange(len(own) + 1)
         alignments.append(_Alignment(sequence[own].tolist(), index, np.zeros_like(index)))
-    prompt_ids = _teacher_prompts(tokenizer, prompts, prompt_format)
     pad: Any = tokenizer.pad_token_id
     return _lay_out(rollouts, positions, prompt_ids, alignments, pad or 0)
+
+# %% ../../nbs/07_pairing/03_positions.ipynb #c1c7e77a
+def without_first(pairs: Pairs, count: int) -> Pairs:
+    """`pairs` without the positions that predict the first `count` tokens of each response."""
+    if not count:
+        return pairs
+    early = Positions(f"first:{count}", predicting=True).mask(pairs.response_mask)
+    return replace(pairs, teacher_positions=pairs.teacher_positions.masked_fill(early, -1))

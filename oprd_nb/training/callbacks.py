@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_writable', 'StepClock', 'cut_metrics', 'changes', 'changes_of_run', 'check_same_run', 'check_same_bridge',
-           'remove_checkpoints', 'remove_evaluations', 'RunFiles', 'RunStart', 'RunFolder', 'log_safely', 'ProgressBar']
+           'remove_checkpoints', 'remove_evaluations', 'RunFiles', 'RunStart', 'RunFolder', 'log_safely', 'ProgressBar',
+           'FollowStudent']
 
 # %% ../../nbs/23_training/04_callbacks.ipynb #00000002
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..bridge.base import BridgeBase
 from ..runs.folder import Evals, RunPaths, read_settings, write_about, write_settings
+from ..teachers import TeacherInARun
 from .checkpoints import checkpoints_of
 from ..utils import append_jsonl, read_jsonl, replacing
 
@@ -336,3 +338,17 @@ class ProgressBar(TrainerCallback):
         """Close the bar; its last line stays."""
         if self.bar is not None:
             self.bar.close()
+
+# %% ../../nbs/23_training/04_callbacks.ipynb #d297a100
+class FollowStudent(TrainerCallback):
+    """Lets weights of teachers follow the student's, once per step of the optimizer."""
+
+    def __init__(self, teachers: Sequence[TeacherInARun]):
+        self.teachers = teachers
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Tell each teacher that the student has changed."""
+        for teacher in self.teachers:
+            teacher.after_step(state.global_step)

@@ -320,21 +320,23 @@ def check_precision(model: nn.Module) -> None:
 
 # %% ../../nbs/23_training/05_config.ipynb #0000000e
 def check_shared(student: nn.Module, teacher: Teacher) -> None:
-    """Check that student and teacher share weights exactly where the teacher is the student's base.
+    """Check that student and teacher share weights exactly where the teacher is the student, or its base.
 
-    ValueError where they share and it is not, or do not and it is.
+    ValueError where they share and it is not, or do not and it is. A copy that follows the student may have
+    frozen weights in common with it.
     """
     student_ids = {id(p) for p in student.parameters()}
     for one in teacher.readers:
-        shared = any(id(p) in student_ids for p in one.model.parameters())
-        if shared and not one.adapters_off:
+        shared = any(id(p) in student_ids for p in one.own_parameters())
+        if shared and not one.shares_student:
             raise ValueError(
                 "teacher: shares weights with the student and would move with it; "
                 "load the model a second time, or use Teacher.of_base with adapters"
             )
-        if one.adapters_off and not shared:
+        if one.shares_student and not shared:
             raise ValueError(
-                "teacher: Teacher.of_base was given another model than the student; give the very same one"
+                "teacher: it was to teach with the student's weights, and was given another model than the "
+                "student; give the very same one"
             )
 
 # %% ../../nbs/23_training/05_config.ipynb #20a5805b

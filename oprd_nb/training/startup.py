@@ -243,8 +243,8 @@ def check_memory(student: nn.Module, teacher: Teacher, args: OPRDConfig) -> Find
     needed = weight_bytes(student, trained=True)
     # A teacher that was put elsewhere takes no memory here; one on the CPU will be moved.
     for one in teacher.readers:
-        if not one.adapters_off and input_device(one.model).type in ("cpu", device.type):
-            needed += weight_bytes(one.model)
+        if not one.shares_student and input_device(one.model).type in ("cpu", device.type):
+            needed += sum(weights.numel() * weights.element_size() for weights in one.own_parameters())
     needed += (
         token_bytes(
             student,
@@ -269,7 +269,7 @@ def check_heads(student: nn.Module, teacher: Teacher, tolerance: float = 0.05) -
     """Whether each model's logits are its head's of the final hidden state."""
     errors = {"student": head_error(student)}
     for one in teacher.readers:
-        if not one.adapters_off:
+        if not one.shares_student:
             errors["teacher"] = max(errors.get("teacher", 0.0), head_error(one.model))
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     fine = all(error < tolerance for error in errors.values())

@@ -46,10 +46,9 @@ from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
 from ..rollouts.samplers import Sampler, logprob_differences
 from ..rollouts.settings import SamplingSettings
 from ..rollouts.writing import gapless_head_inputs
-from ..tasks.messages import as_messages
 from ..teachers import Teacher, asked_of_both, inherited_format
 from .batching import MicroBatch
-from .callbacks import ProgressBar, RunFolder, check_writable, log_safely
+from .callbacks import FollowStudent, ProgressBar, RunFolder, check_writable, log_safely
 from oprd_nb.training.config import (
     OPRDConfig,
     about_of,
@@ -87,8 +86,14 @@ class PlacedTeacher(DistillationTrainer):
     teacher: Teacher
 
     def _prepared_teacher(self) -> nn.Module | None:
-        """The teacher in its wrapper; None for the student's base, and for several models or none."""
-        if self.teacher.adapters_off:
+        """The teacher in its wrapper; None for the student itself, and for several models or none."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded and any(one.follows_student for one in self.teacher.readers):
+            raise ValueError(
+                "teacher: weights that follow the student's cannot be sharded; use DDP or one process, or "
+                "weights='self'"
+            )
+        if self.teacher.shares_student:
             return None
         if self.teacher.offload or not self.teacher.is_single:
             return self._place_readers()
@@ -102,7 +107,7 @@ class PlacedTeacher(DistillationTrainer):
 
     def _place_readers(self) -> None:
         """Several models to where the student is trained. ValueError where they would have to be sharded."""
-        own = [one for one in self.teacher.readers if not one.adapters_off]
+        own = [one for one in self.teacher.readers if not one.shares_student]
         if own and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("teacher: several teachers cannot be sharded; use DDP or one process")
         for one in own:
@@ -134,6 +139,7 @@ class WrappedModels(PlacedTeacher):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.run_folder)
+        self.add_callback(FollowStudent(self.teacher.readers))
         if not self.args.disable_tqdm:
             self.add_callback(ProgressBar)
 
@@ -203,10 +209,9 @@ class AskedSides(WrappedModels):
 
     def _teacher_prompt(self, row: dict[str, Any]) -> Any:
         """What the teacher is asked in place of a row's prompt; None for the prompt itself."""
-        asked = row.get("teacher_prompt", row["prompt"])
-        if self.teacher.prompt is not None:
-            return self.teacher.prompt(as_messages(asked))
-        return row.get("teacher_prompt")
+        if self.teacher.prompt is None:
+            return row.get("teacher_prompt")
+        return self.teacher.asked(row.get("teacher_prompt", row["prompt"]), row)
 
 # %% ../../nbs/23_training/06_steps.ipynb #bab8f6e8
 class TrainerBase(AskedSides):
