@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "several": ["Teachers", "TeacherMix"],
         "cached": ["CachedTeacher", "write_cache"],
         "privileged": ["PrivilegedTeacher", "ToldPrompt"],
+        "served": ["ServedTeacher"],
         "bridge": ["Bridge", "ReadoutBridge"],
         "objectives": ["Representation", "SampledTokenKL", "TopKKL", "FullKL"],
         "evaluation": ["evaluate"],
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .privileged import ToldPrompt as ToldPrompt
     from .rollouts import HFSampler as HFSampler
     from .rollouts import VLLMSampler as VLLMSampler
+    from .served import ServedTeacher as ServedTeacher
     from .several import TeacherMix as TeacherMix
     from .several import Teachers as Teachers
     from .tasks import grade as grade

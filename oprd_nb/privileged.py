@@ -87,10 +87,10 @@ def copy_of(student: nn.Module) -> tuple[nn.Module, Followed]:
         weights.requires_grad_(False)
     return copied, followed
 
-# %% ../nbs/09d_privileged.ipynb #2ec69060
+# %% ../nbs/09d_privileged.ipynb #1f2cdcf5
 WEIGHTS = ("base", "self", "ema", "copy")
 
-
+# %% ../nbs/09d_privileged.ipynb #2ec69060
 class OwnWeights(Teacher):
     """A teacher with one of `WEIGHTS`: the student's, or a copy that has some of them in common."""
 

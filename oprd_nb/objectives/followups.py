@@ -263,6 +263,8 @@ class Weighted(WrappedTerm):
         if self.at_least is not None and not 0 <= self.at_least <= 1:
             raise ValueError(f"at_least={self.at_least}: measures are from 0 to 1")
         self._take_over(f"weighted_{self.term.name}")
+        # The other measures read the teacher's whole distribution.
+        self.teacher_top = self.term.teacher_top if self.by.startswith("student") else None
 
     def per_position(self, inputs: TermInputs) -> tuple[Float[Tensor, "n"], dict[str, Float[Tensor, "n"]]]:
         """The inner term's losses times the weights; its metrics, and the weights."""
@@ -315,6 +317,7 @@ class TopKTailKL(OutputTerm):
         }.items():
             if getattr(self, argument) not in choices:
                 raise ValueError(f"{argument}={getattr(self, argument)!r}: use one of {list(choices)}")
+        self.teacher_top = self.k
 
     def of_logits(
         self,

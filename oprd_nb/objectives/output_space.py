@@ -105,6 +105,8 @@ class SampledTokenKL(OutputTerm):
 
     def __post_init__(self):
         Positions(self.positions)
+        # A control variate is a mean over all tokens.
+        self.teacher_top = None if self.control_variate else 0
 
     def of_logits(
         self,
@@ -140,6 +142,7 @@ class TopKKL(OutputTerm):
         Positions(self.positions)
         if self.k < 1:
             raise ValueError(f"k={self.k}: must be at least 1")
+        self.teacher_top = self.k
 
     def of_logits(
         self,

@@ -202,6 +202,8 @@ class Term(ScoredResponses):
     """Convention for the last layer (a bool), if this term reads hidden states by layer; else None."""
     bridge: Any = None
     """Frozen maps that both models' hidden states pass through, if any."""
+    teacher_top: int | None = None
+    """How many of the teacher's likeliest tokens it needs, besides the sampled one; None: everything."""
 
     @property
     def compares_states(self) -> bool:
