@@ -12,7 +12,15 @@ from oprd_nb.capture import FINAL
 from oprd_nb.extrapolation import Extrapolated
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.distances import DISTANCES, Target
-from oprd_nb.objectives.followups import MEASURES, CrossFade, Relational, TopKTailKL, Transitions, Weighted
+from oprd_nb.objectives.followups import (
+    MEASURES,
+    CrossFade,
+    Farthest,
+    Relational,
+    TopKTailKL,
+    Transitions,
+    Weighted,
+)
 from oprd_nb.objectives.objective import loss_of
 from oprd_nb.objectives.output_space import FullKL
 from oprd_nb.objectives.representation import Representation
@@ -113,6 +121,8 @@ def naive_measure(by, p, q):
         return -sum(x * math.log(x) for x in q) / math.log(len(q))
     if by == "teacher_confidence":
         return max(q)
+    if by == "student_doubt":
+        return 1 - max(p)
     return sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
 
 
@@ -303,3 +313,35 @@ def test_a_cross_fade_goes_from_one_term_to_the_other_in_a_run(tmp_path):
     shutil.rmtree(tmp_path / "fade" / "checkpoint-4")
     _, again = run(tmp_path / "fade", fade, resume=True)
     assert all(again[name].equal(weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("positions_too", [False, True])
+@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+def test_the_farthest_layers_weigh_more_and_the_weights_have_no_gradient(power, positions_too, distance):
+    student, teacher = states(3), states(3, seed=1)
+    own = [hidden.clone().requires_grad_() for hidden in student]
+    term = Farthest(distance=distance, power=power, positions_too=positions_too)
+    losses, _ = term.per_position(inputs_of(own, teacher))
+    twin = [hidden.clone().requires_grad_() for hidden in student]
+    expected = []
+    for i in range(N):
+        apart = [DISTANCES[distance](a[i][None], b[i][None])[0] for a, b in zip(twin, teacher, strict=True)]
+        weights = [one.item() ** power for one in apart]
+        loss = sum(w * one for w, one in zip(weights, apart, strict=True)) / sum(weights)
+        mean = sum(one.item() for one in apart) / len(apart)
+        expected.append(loss * min(1, mean) if positions_too else loss)
+    assert losses.tolist() == pytest.approx([one.item() for one in expected], rel=1e-10)
+    losses.sum().backward()
+    torch.stack(expected).sum().backward()
+    for mine, other in zip(own, twin, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_farthest_of_states_that_agree_is_zero_and_a_wrong_power_is_refused():
+    student = [hidden.requires_grad_() for hidden in states(3)]
+    losses, _ = Farthest(distance="mse").per_position(inputs_of(student, states(3)))
+    losses.sum().backward()
+    assert losses.abs().max() == 0 and all(hidden.grad.abs().max() == 0 for hidden in student)
+    with pytest.raises(ValueError, match="power=-1: must be between 0 and 10"):
+        Farthest(power=-1)

@@ -8,6 +8,7 @@ import pytest
 from notebook_graph import NOTEBOOKS, ROOT, Modules, all_notebooks, in_reading_order
 
 from oprd_nb.plots.sweeps import over_seeds, style_of
+from oprd_nb.utils import t_interval
 
 INDEX = NOTEBOOKS / "index.ipynb"
 LINK = re.compile(r"\]\(([^)#\s]+\.(?:ipynb|md|py))(?:#[^)]*)?\)")
@@ -95,3 +96,14 @@ def test_readme_s_teacher_of_the_real_pair_is_the_one_measured():
     pair = pd.read_csv(ROOT / "nbs" / "results" / "real" / "pair.csv", index_col="role")
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"the teacher has {100 * pair.value['teacher']:.1f} %" in text
+
+
+def test_readme_s_longer_run_is_the_one_measured():
+    runs = pd.read_csv(ROOT / "nbs" / "results" / "real" / "long.csv")
+    assert len(runs) >= 3
+    accuracy, low, high = (100 * number for number in t_interval(runs["accuracy"]))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    before = f"takes the student from {100 * runs['before'].mean():.1f} %"
+    assert f"In {runs['steps'].iloc[0]} steps OPRD {before} to" in text
+    assert f"to {accuracy:.1f} % (three seeds, {low:.1f}–{high:.1f}; teacher" in text
+    assert f"teacher {100 * runs['teacher'].mean():.1f} %)" in text

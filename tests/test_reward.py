@@ -195,7 +195,9 @@ def run(folder, objective, sampler=None, pair=None, dataset=None, teacher=None, 
     ids=["accumulation", "token budget"],
 )
 @pytest.mark.parametrize(
-    "objective", [TaskReward(odd), Representation() + 0.5 * TaskReward(odd, divide_by_std=True)], ids=repr
+    "objective",
+    [TaskReward(odd), Representation() + 0.5 * TaskReward(odd, divide_by_std=True)],
+    ids=["reward", "representation and reward"],
 )
 def test_cutting_a_step_changes_nothing(objective, changes, stored, tmp_path):
     """Micro-batches of two cut every group of four."""

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SAMPLE_COLUMNS', 'KEYS_SCRIPT', 'is_of_kind', 'Answers', 'read_samples', 'read_scores', 'answers_of',
-           'response_html', 'page_html', 'page_figure', 'ArrowKeys', 'kinds_of', 'BrowserControls', 'RolloutBrowser']
+           'response_html', 'page_html', 'page_figure', 'ArrowKeys', 'kinds_of', 'BrowserControls', 'BrowsedPage',
+           'RolloutBrowser']
 
 # %% ../../nbs/31_explore/05_rollouts.ipynb #00000002
 from collections.abc import Callable, Mapping, Sequence
@@ -276,8 +277,35 @@ class BrowserControls:
         controls = [self.kind, self.search, self.previous, self.next, self.place, self.count, keys]
         return widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap"))
 
+# %% ../../nbs/31_explore/05_rollouts.ipynb #e7a10002
+class BrowsedPage(BrowserControls):
+    """The list of responses that are asked for, and the page of one of them."""
+
+    def figure(self) -> go.Figure:
+        """What is shown, as a static figure. ValueError where the response was not scored."""
+        key = self.listed[self.place.value - 1]
+        return page_figure(self.answers, key, self.score.value, self.tops)
+
+    def _list(self) -> None:
+        """List the responses of the chosen kind that have the words searched for, and show the first."""
+        self.listed = self.answers.of_kind(self.kind.value)
+        if self.search.value.strip():
+            self.listed = self.answers.with_words(self.listed, self.search.value)
+        self.place.max = max(len(self.listed), 1)
+        self.count.value = f"of {len(self.listed)}"
+        self.place.value = 1
+        self._draw()
+
+    def _draw(self) -> None:
+        """Write the page."""
+        if not self.listed:
+            self.page.value = "<i>There are no such responses.</i>"
+            return
+        key = self.listed[self.place.value - 1]
+        self.page.value = page_html(self.answers, key, self.score.value, self.tops)
+
 # %% ../../nbs/31_explore/05_rollouts.ipynb #00000014
-class RolloutBrowser(BrowserControls, widgets.VBox):
+class RolloutBrowser(BrowsedPage, widgets.VBox):
     """Coloured responses of a run folder.
 
     `score`, `kind`, `search` and `place` are the controls, `previous`, `next` and the arrow keys step through
@@ -318,11 +346,6 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
             )
         self.place.value = self.listed.index((problem, sample)) + 1
 
-    def figure(self) -> go.Figure:
-        """What is shown, as a static figure. ValueError where the response was not scored."""
-        key = self.listed[self.place.value - 1]
-        return page_figure(self.answers, key, self.score.value, self.tops)
-
     def _turn(self) -> None:
         """Show another evaluation next to the first; problem and kind stay where that is possible."""
         key = self.listed[self.place.value - 1] if self.listed else None
@@ -334,21 +357,3 @@ class RolloutBrowser(BrowserControls, widgets.VBox):
         self._list()
         if key in self.listed:
             self.show(*key)
-
-    def _list(self) -> None:
-        """List the responses of the chosen kind that have the words searched for, and show the first."""
-        self.listed = self.answers.of_kind(self.kind.value)
-        if self.search.value.strip():
-            self.listed = self.answers.with_words(self.listed, self.search.value)
-        self.place.max = max(len(self.listed), 1)
-        self.count.value = f"of {len(self.listed)}"
-        self.place.value = 1
-        self._draw()
-
-    def _draw(self) -> None:
-        """Write the page."""
-        if not self.listed:
-            self.page.value = "<i>There are no such responses.</i>"
-            return
-        key = self.listed[self.place.value - 1]
-        self.page.value = page_html(self.answers, key, self.score.value, self.tops)

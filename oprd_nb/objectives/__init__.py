@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "representation": ["Representation"],
         "output_space": ["SampledTokenKL", "TopKKL", "FullKL", "CrossEntropy"],
         "reward": ["TaskReward"],
-        "followups": ["CrossFade", "Transitions", "Relational", "Weighted", "TopKTailKL"],
+        "followups": ["CrossFade", "Farthest", "Transitions", "Relational", "Weighted", "TopKTailKL"],
         "objective": [
             "TermLosses",
             "position_losses",
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .reward import TaskReward as TaskReward
     from .followups import (
         CrossFade as CrossFade,
+        Farthest as Farthest,
         Relational as Relational,
         TopKTailKL as TopKTailKL,
         Transitions as Transitions,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'MEASURES', 'Transitions', 'earlier_in_window', 'relations', 'Relational', 'position_weights',
-           'WrappedTerm', 'Weighted', 'with_tail', 'TopKTailKL', 'CrossFade']
+           'WrappedTerm', 'Weighted', 'Farthest', 'with_tail', 'TopKTailKL', 'CrossFade']
 
 # %% ../../nbs/20_objectives/06_followups.ipynb #b53b45fa
 import math
@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+# %% ../../nbs/20_objectives/06_followups.ipynb #ffcdd6d9
 from ..capture import FINAL, LayerKey, at_least_float32
 from ..core import Positions, Rollouts
 from .distances import DISTANCES, Target, position_distances
 from .output_space import LOGIT_POSITIONS, OutputTerm, chosen_log_probs, kl, log_probs
-from .representation import ComparedLayers
+from .representation import ComparedLayers, Representation
 from .terms import LayerPair, Objective, Scores, Term, TermInputs, as_objective
 from ..pairing.positions import Pairs
 from ..teachers import Teacher
@@ -282,6 +283,33 @@ class Weighted(WrappedTerm):
         )
         losses, metrics = self.term.per_position(inner)
         return losses * weights, metrics | {"positions/weight": weights}
+
+# %% ../../nbs/20_objectives/06_followups.ipynb #c4b7cb84
+@dataclass(eq=False)
+class Farthest(Representation):
+    """`Representation` in which a layer weighs more, at each position, the further it is from the teacher.
+
+    `power`: of the distance; 0 weighs all layers alike, large ones leave the furthest layer only.
+    `positions_too`: multiply each position by its mean distance, cut at 1 (on unit vectors: cosine 1/2).
+    """
+
+    power: float = 1.0
+    positions_too: bool = False
+    name = "farthest"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.power <= 10:
+            raise ValueError(f"power={self.power}: must be between 0 and 10")
+
+    def over_layers(self, distances: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
+        """The weighted mean of the distances over the layers."""
+        stacked = torch.stack(list(distances))
+        found = stacked.detach()
+        # Only quotients matter: of the largest one, so that no power of it overflows.
+        shares = (found / found.amax(0).clamp(min=1e-12)) ** self.power
+        losses = (shares / shares.sum(0).clamp(min=1e-12) * stacked).sum(0)
+        return losses * found.mean(0).clamp(max=1) if self.positions_too else losses
 
 # %% ../../nbs/20_objectives/06_followups.ipynb #958600d8
 def with_tail(

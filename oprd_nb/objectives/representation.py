@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+# %% ../../nbs/20_objectives/03_representation.ipynb #ab2314d8
 from ..capture import LayerKey
 from ..core import Layers, Positions
 from .distances import DISTANCES, position_distances
@@ -168,7 +169,11 @@ class Representation(BridgedStates):
                 student = self.bridge.project_student(int(layer), student)
             distances, cosine = position_distances(student, target, self.distance)
             # Layers of a split student are on several devices; their losses meet where its inputs are.
-            losses.append(distances.to(inputs.next_tokens.device) / len(inputs.layer_pairs))
+            losses.append(distances.to(inputs.next_tokens.device))
             cosines[f"rep/cosine_layer_{layer}"] = cosine.to(inputs.next_tokens.device)
         overall = torch.stack(list(cosines.values())).mean(0)
-        return reduce(torch.add, losses), cosines | {"rep/cosine_similarity": overall}
+        return self.over_layers(losses), cosines | {"rep/cosine_similarity": overall}
+
+    def over_layers(self, distances: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
+        """One loss per position from the distances in each layer: their mean."""
+        return reduce(torch.add, [of_layer / len(distances) for of_layer in distances])

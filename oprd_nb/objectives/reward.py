@@ -111,7 +111,7 @@ class RewardedResponses(StudentTerm):
         advantages, equal = group_advantages(rewards, prompt_groups(rollouts), self.divide_by_std)
         if self.baseline == "none":
             advantages = rewards
-        metrics = {
+        metrics: dict[str, tuple[float, float]] = {
             f"{self.name}/mean": (float(rewards.sum()), len(rewards)),
             f"{self.name}/equal_groups": (float(equal.sum()), len(equal)),
         }

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+# %% ../../nbs/20_objectives/02_terms.ipynb #224cb999
 from ..capture import FINAL, LayerKey
 from ..core import Positions, Rollouts
 from .distances import Target

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+# %% ../../nbs/23_training/06b_gradient_steps.ipynb #46489c34
 from ..objectives.objective import check_models
 from ..objectives.output_space import FullKL
 from ..objectives.terms import Objective, Term, as_objective

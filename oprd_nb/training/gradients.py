@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+# %% ../../nbs/23_training/02b_gradients.ipynb #abd66e63
 from ..core import Rollouts
 from ..objectives.objective import check_models, position_losses, reduce_losses
 from ..objectives.output_space import FullKL
