@@ -34,7 +34,7 @@ from oprd_nb.runs import (
 from oprd_nb.runs.tables import final_metrics
 from oprd_nb.training.config import method_and_label
 from oprd_nb.training.experiment import write_summary
-from oprd_nb.utils import OKABE_ITO, results_folder
+from oprd_nb.utils import OKABE_ITO, TOL_MUTED, results_folder
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path):
@@ -265,7 +265,7 @@ def test_errors_name_the_argument(call, message):
 def test_methods_look_different_and_come_from_the_palette():
     colours = [style.colour for style in METHODS.values()]
     assert len(set(colours)) == len(colours)
-    assert set(colours) <= set(OKABE_ITO.values())
+    assert set(colours) <= {*OKABE_ITO.values(), *TOL_MUTED.values()}
     assert len({style.symbol for style in METHODS.values()}) == len(METHODS)
 
 

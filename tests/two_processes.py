@@ -144,7 +144,7 @@ def run(
     )  # SGD does not blow up the last digit, Adam does
     args = OPRDConfig(
         str(mine),
-        learning_rate=0.05 if resume is None else 1e-3,
+        learning_rate=0.02 if resume is None else 1e-3,  # at 0.05 a last digit grows fourfold per step
         max_steps=STEPS,
         per_device_train_batch_size=RESPONSES // 2 // world,
         gradient_accumulation_steps=2,

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from .settings import NUMBER, Kinds, check_kinds, read_mapping
-from ..utils import OKABE_ITO, parse_json_line, replacing
+from ..utils import OKABE_ITO, TOL_MUTED, parse_json_line, replacing
 
 # %% ../../nbs/22_runs/01_folder.ipynb #00000021
 AT_STEP = "step-"
@@ -203,13 +203,13 @@ METHODS = {
     "opd-topk": Method("OPD top-k", OKABE_ITO["purple"], "triangle-up"),
     "bridge": Method("OPRD-Bridge", OKABE_ITO["green"], "pentagon"),
     "readout": Method("Readout bridge", OKABE_ITO["sky"], "star"),
-    "transitions": Method("Transitions", "#332288", "triangle-down"),
-    "relational": Method("Relational", "#44AA99", "hexagon"),
-    "weighted": Method("OPRD weighted", "#999933", "triangle-left"),
-    "gated": Method("OPRD gated", "#882255", "triangle-right"),
-    "last-opd": Method("LastOPD", "#AA4499", "hourglass"),
-    "opd-tail": Method("OPD top-k and tail", "#CC6677", "bowtie"),
-    "reward": Method("task reward", "#8C564B", "star-square"),
+    "transitions": Method("Transitions", TOL_MUTED["indigo"], "triangle-down"),
+    "relational": Method("Relational", TOL_MUTED["teal"], "hexagon"),
+    "weighted": Method("OPRD weighted", TOL_MUTED["olive"], "triangle-left"),
+    "gated": Method("OPRD gated", TOL_MUTED["wine"], "triangle-right"),
+    "last-opd": Method("LastOPD", TOL_MUTED["mauve"], "hourglass"),
+    "opd-tail": Method("OPD top-k and tail", TOL_MUTED["rose"], "bowtie"),
+    "reward": Method("task reward", TOL_MUTED["sand"], "star-square"),
     "sft": Method("SFT", OKABE_ITO["yellow"], "hexagon2"),
     "student": Method("Student", OKABE_ITO["grey"], "x"),
     "teacher": Method("Teacher", OKABE_ITO["black"], "cross"),
