@@ -234,7 +234,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
     row |= {"learning_rate": cell.config.learning_rate, "seed": cell.seed, "split": cell.split}
     numbers = ("before", "accuracy", "low", "high", "seconds", "updates", "rollout_tokens")
     _, config = last_stage(cell)
-    if has_ended(cell):
+    if RunPaths(config.output_dir).summary.exists():
         run = read_run(config.output_dir)
         found = final_metrics(run)
         row |= {name: float(found[name]) for name in numbers}

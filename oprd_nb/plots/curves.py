@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from .lines import DASHES, add_series, add_teacher, curve, downsample
 from .paper import PAPER_TABLES, add_paper_levels
 from .theme import base_figure
-from ..runs.folder import METRICS, method_style, metric_of
+from ..runs.folder import FULL_KL, METRICS, method_style, metric_of
 from ..runs.tables import Runs, accuracy_metric, as_runs, layer_table, metrics_table
 
 # %% ../../nbs/30_plots/03_curves.ipynb #33a48c4e
@@ -179,8 +179,8 @@ def gradient_curve(runs: Runs, axis: str = "step", smooth: int | None = None) ->
     pairs = {}
     for name in table:
         match = re.fullmatch(r"gradient/cosine/(.+)~(.+)", name)
-        if match and "full" in match.groups():
-            pairs[name] = next(term for term in match.groups() if term != "full")
+        if match and FULL_KL in match.groups():
+            pairs[name] = next(term for term in match.groups() if term != FULL_KL)
     if not pairs:
         raise ValueError("runs: none of them measured gradients beside full KL's; train with gradient_every")
     fig = base_figure(

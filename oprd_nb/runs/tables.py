@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .folder import METHODS, Run, RunPaths, method_style, read_run, summary_value
+from .folder import FULL_KL, METHODS, Run, RunPaths, method_style, read_run, summary_value
 from ..utils import bootstrap_interval, replacing, t_interval
 
 # %% ../../nbs/22_runs/03_tables.ipynb #00000011
@@ -304,7 +304,7 @@ def gradient_advice(metrics: pd.DataFrame) -> list[str]:
     terms = [match[1] for match in map(_NORM.fullmatch, metrics.columns) if match]
     if len(terms) < 2:
         return []
-    base = "full" if "full" in terms else terms[0]
+    base = FULL_KL if FULL_KL in terms else terms[0]
     norms = {term: metrics[f"gradient/{term}/norm"].mean() for term in terms}
     count = int(metrics[f"gradient/{base}/norm"].count())
     lines = []
