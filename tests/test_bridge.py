@@ -17,7 +17,7 @@ from short_runs import short_run
 from test_objectives import tiny_gpt2
 
 from oprd_nb.bridge.base import HELD_OUT, BridgeMetadata, ModelSpec, spec_of
-from oprd_nb.bridge.pca import Bridge, collect_moments, fit_bridge, refit_by_sgd
+from oprd_nb.bridge.pca import Bridge, collect_moments, fit_bridge, refit_by_sgd, score_projections
 from oprd_nb.bridge.readout import (
     KLTargets,
     ReadoutBridge,
@@ -677,3 +677,26 @@ def test_facts_of_a_model_have_their_kinds(facts):
     wrong = list(facts)[-1]
     with pytest.raises(ValueError, match=f"{wrong}=.*: must be of the kind int"):
         ModelSpec(**facts)
+
+
+# ---- scores on held-out states, by hand
+
+
+def test_scores_of_known_projections():
+    target = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    prediction = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    table = score_projections(prediction, target, torch.tensor(50.0, dtype=torch.float64))
+    assert table["rank"].tolist() == [1, 2]
+    assert table["r2"].tolist() == pytest.approx([1 - 1 / 9, 1 - 1 / 25])
+    assert table["explained_variance"].tolist() == pytest.approx([9 / 50, 25 / 50])
+    assert table["cosine"].tolist() == pytest.approx([0.5, 1.0])  # at rank 1 the second target is zero
+
+
+def test_explained_variance_is_a_share_of_what_is_around_the_teachers_mean():
+    draw = torch.Generator().manual_seed(3)
+    student = torch.randn(300, 4, generator=draw, dtype=torch.float64)
+    teacher = 10 + torch.randn(300, 3, generator=draw, dtype=torch.float64)  # its mean is far from zero
+    moments = Moments([(2, 3)], 4, 3)
+    moments.update((2, 3), student, teacher)
+    scores = Bridge.fit(moments, rank=3).score({(2, 3): (student, teacher)})
+    assert scores["explained_variance"].iloc[-1] == pytest.approx(1, abs=1e-9)
