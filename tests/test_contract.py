@@ -16,7 +16,7 @@ from oprd_nb.evaluation import evaluate
 from oprd_nb.models import embedded, load_model, load_tokenizer
 from oprd_nb.objectives import FullKL, Representation, SampledTokenKL, TopKKL
 from oprd_nb.pairing import Pairs, pair_layers, pair_positions
-from oprd_nb.rollouts import HFSampler, ReplaySampler, Sampler, VLLMSampler
+from oprd_nb.rollouts import HFSampler, MixedSampler, ReplaySampler, Sampler, VLLMSampler
 from oprd_nb.structure import Moments, rank_curve, suggest_rank
 from oprd_nb.tasks import grade, load_task
 from oprd_nb.teachers import Teacher
@@ -170,7 +170,7 @@ def test_sampler_is_a_protocol_that_names_all_that_is_asked():
     assert list(arguments_of(Sampler.sync)) == ["student"]
 
 
-@pytest.mark.parametrize("kind", [HFSampler, ReplaySampler, VLLMSampler])
+@pytest.mark.parametrize("kind", [HFSampler, MixedSampler, ReplaySampler, VLLMSampler])
 def test_samplers_keep_to_the_protocol(kind):
     assert arguments_of(kind.sample) == arguments_of(Sampler.sample)
     assert arguments_of(kind.sync) == arguments_of(Sampler.sync)

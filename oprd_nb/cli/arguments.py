@@ -128,7 +128,7 @@ _ALSO_SHOWN = {
 """Settings of a library that the short help shows, next to those that the kit redefines, in our words."""
 _RARE = tuple(
     "logging_steps disable_tqdm disable_dropout max_nonfinite max_skipped gradient_every balance "
-    "min_doubt skip".split()
+    "min_doubt skip given_share given_until".split()
 )
 """Settings of the kit that only `--help_all` shows."""
 

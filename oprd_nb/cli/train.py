@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROMPTS_FOR_FIT', 'PROMPTS_FOR_PAIRS', 'ARGUMENTS', 'format_of', 'bridge_of', 'training_prompts',
-           'validation_problems', 'teacher_of', 'engine_settings', 'sampler_of', 'accuracy_of', 'layer_pairs_of',
-           'in_two_stages', 'stage', 'load_pair', 'missing_from_report', 'placement_of_run', 'steps_of_stages',
-           'stages_of', 'stages_line', 'check_output_dir', 'look_ahead', 'print_short', 'check_start',
-           'check_same_settings', 'train', 'after_interrupt', 'run']
+           'validation_problems', 'teacher_of', 'engine_settings', 'sampler_of', 'with_given', 'accuracy_of',
+           'layer_pairs_of', 'in_two_stages', 'stage', 'load_pair', 'missing_from_report', 'placement_of_run',
+           'steps_of_stages', 'stages_of', 'stages_line', 'check_output_dir', 'look_ahead', 'print_short',
+           'check_start', 'check_same_settings', 'train', 'after_interrupt', 'run']
 
 # %% ../../nbs/60_cli/04_train.ipynb #fa2855f9
 import os
@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+# %% ../../nbs/60_cli/04_train.ipynb #3d0000d2
 from ..bridge.base import BRIDGE_FILE
 from ..bridge.fitting import fit_from_prompts
 from ..bridge.pca import Bridge
@@ -41,6 +42,7 @@ from oprd_nb.cli.request import (
     other_prompt,
     own_weights,
     settings_of_request,
+    share_given,
     take_card,
 )
 from ..core import Rollouts, set_seed
@@ -53,6 +55,7 @@ from ..pairing.layers import pair_layers
 from ..privileged import PrivilegedTeacher
 from ..probing.similarity import cka_matrix
 from ..probing.states import collect, join_states
+from ..rollouts.mixed import MixedSampler
 from ..rollouts.prompts import PromptFormat, with_switches
 from ..rollouts.samplers import HFSampler, ReplaySampler, Sampler
 from ..rollouts.vllm import VLLMSampler
@@ -188,6 +191,26 @@ def sampler_of(args: TrainArguments, config: OPRDConfig, pair: ModelPair) -> Sam
     weights = args.student if args.quantize else pair.student
     return VLLMSampler(weights, pair.tokenizer, lora_rank=args.lora, **engine_settings(config))
 
+# %% ../../nbs/60_cli/04_train.ipynb #3d0000c2
+def with_given(
+    method: str, args: TrainArguments, config: OPRDConfig, pair: ModelPair, sampler: Sampler | None
+) -> Sampler | None:
+    """`sampler`, or where responses are given one that gives them and lets it write the others.
+
+    ValueError where nothing of ours can write the others, and for a training set without solutions.
+    """
+    share = share_given(method, args)
+    if not share:
+        return sampler
+    if sampler is None and share < 1 and (config.use_vllm or config.fsdp or config.deepspeed):
+        raise ValueError(
+            f"given_share={share:g}: TRL's own engine and sharded students write whole batches; use "
+            "--sampler vllm"
+        )
+    until = None if method == "sft" else args.given_until or None
+    writer = sampler or HFSampler(pair.student, pair.tokenizer)
+    return MixedSampler(writer, pair.task.train, share, until, format_of(args, config))
+
 # %% ../../nbs/60_cli/04_train.ipynb #99d77f69
 def accuracy_of(result: Evaluation) -> float:
     """The avg@k of an evaluation."""
@@ -253,7 +276,7 @@ def stage(
         teacher=teacher,
         after_evaluation=save_token_scores,
         measure_teacher=args.with_teacher,
-        sampler=sampler,
+        sampler=with_given(method, args, config, pair, sampler),
         # Stored responses answer the prompts of training only.
         eval_sampler=HFSampler(pair.student, pair.tokenizer) if args.replay else None,
         eval_dataset=validation_problems(args),
@@ -401,7 +424,7 @@ def check_start(
             train_dataset=pair.task.train,
             eval_dataset=held_out,
             processing_class=pair.tokenizer,
-            sampler=sampler,
+            sampler=with_given(args.method, args, config, pair, sampler),
             prompt_format=of_student,
         )
     found = findings_of_check(

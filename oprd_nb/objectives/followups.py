@@ -203,6 +203,7 @@ class WrappedTerm(Term):
             "bridge",
             "any_width",
             "scores_responses",
+            "own_responses",
             "columns",
         ):
             setattr(self, attribute, getattr(self.term, attribute))

@@ -101,6 +101,7 @@ class SampledTokenKL(OutputTerm):
     control_variate: bool = False
     positions: str = "all"
     name = "sampled"
+    own_responses = True
     metric = "actor/pg_loss"
 
     def __post_init__(self):

@@ -77,6 +77,7 @@ class RewardedResponses(StudentTerm):
     divide_by_std: bool
     column: str
     scores_responses = True
+    own_responses = True
 
     def check_data(self, train_dataset: Any, num_generations: int) -> None:
         """ValueError without answers, or with one response per prompt and nothing to compare it with."""

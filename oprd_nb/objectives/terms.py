@@ -154,6 +154,8 @@ class ScoredResponses(ComparedStates):
 
     scores_responses: bool = False
     """Whether `score` is asked."""
+    own_responses: bool = False
+    """Right only on responses that the student wrote itself, as an estimate from its samples is."""
     columns: tuple[str, ...] = ()
     """Columns of the training set that `score` reads, as `rollouts.columns`."""
 

@@ -13,10 +13,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "settings": ["SamplingSettings"],
         "samplers": ["Sampler", "HFSampler", "ReplaySampler", "logprob_gap", "response_log_probs"],
         "vllm": ["VLLMSampler"],
+        "mixed": ["MixedSampler"],
     },
 )
 
 if TYPE_CHECKING:
+    from .mixed import MixedSampler as MixedSampler
     from .prompts import PromptFormat as PromptFormat, encode_prompts as encode_prompts
     from .samplers import (
         Sampler as Sampler,

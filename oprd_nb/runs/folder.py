@@ -146,6 +146,7 @@ METRICS = {
     "response/truncated": Metric("share", "Responses cut off", ".1%"),
     "rollout/accuracy": Metric("share", "Right responses in training", ".1%"),
     "rollout/no_answer": Metric("share", "Responses without an answer", ".1%"),
+    "rollout/given": Metric("share", "Responses given, not the student's", ".1%"),
     "response/nonfinite": Metric("share", "Responses left out, not finite", ".1%"),
     "step/skipped": Metric("share", "Steps skipped", ".1%"),
     "pairing/coverage": Metric("share", "Positions paired with the teacher", ".1%"),

@@ -30,7 +30,7 @@ from ..models.checks import weights_mark
 from ..models.loading import EMBEDDED, load_model, load_tokenizer
 from ..models.pairs import ModelPair
 from ..objectives.followups import CrossFade, Relational, TopKTailKL, Transitions, Weighted
-from ..objectives.output_space import FullKL, SampledTokenKL, TopKKL
+from ..objectives.output_space import CrossEntropy, FullKL, SampledTokenKL, TopKKL
 from ..objectives.representation import Representation
 from ..objectives.terms import Objective, Term, as_objective
 from ..rollouts.samplers import HFSampler, Sampler
@@ -71,6 +71,7 @@ METHODS: dict[str, Callable[..., Objective]] = {
     "opd-sampled": lambda: as_objective(SampledTokenKL()),
     "opd-topk": lambda: as_objective(TopKKL(16, renormalize=False)),
     "opd-tail": lambda: as_objective(TopKTailKL()),
+    "sft": lambda: as_objective(CrossEntropy()),
     **STATE_METHODS,
 }
 # Two more methods, which compare the models through a frozen bridge, and the bridge's kind.

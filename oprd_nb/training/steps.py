@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PlacedTeacher', 'WrappedModels', 'AskedSides', 'TrainerBase', 'EpochSampler', 'rollouts_of', 'PromptMixin',
-           'SamplingMixin', 'RolloutMixin', 'PresentObjective', 'LossMixin', 'SignalMixin', 'LogMixin', 'FiniteMixin',
-           'CheckedSteps', 'from_first_step', 'ScheduleMixin', 'StepMixin']
+           'SamplingMixin', 'OwnResponses', 'RolloutMixin', 'PresentObjective', 'LossMixin', 'SignalMixin', 'LogMixin',
+           'FiniteMixin', 'CheckedSteps', 'from_first_step', 'ScheduleMixin', 'StepMixin']
 
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
 import math
@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -41,7 +41,7 @@ from oprd_nb.objectives.objective import (
     score_responses,
 )
 from ..objectives.terms import Objective, SupervisedSteps, Term, as_objective
-from ..pairing.positions import Pairs
+from ..rollouts.mixed import MixedSampler, is_given, own_sampler
 from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
 from ..rollouts.samplers import Sampler, logprob_differences
 from ..rollouts.settings import SamplingSettings
@@ -75,7 +75,7 @@ from oprd_nb.training.finite import (
     tally,
 )
 from .reach import freeze_unused
-from .sampling import evaluation_settings, rollout_settings, sampler_for_stops
+from .sampling import check_given, evaluation_settings, rollout_settings, sampler_for_stops
 from .startup import check_sides, warn_at_start, without_long_prompts
 from ..utils import measured
 
@@ -119,6 +119,7 @@ class WrappedModels(PlacedTeacher):
     """Student and teacher in the wrappers that accelerate gives them, and the callbacks of a run."""
 
     args: OPRDConfig
+    objective: Objective
     model: PreTrainedModel
     model_wrapped: nn.Module
     teacher_model: nn.Module | None
@@ -180,6 +181,7 @@ class AskedSides(WrappedModels):
                 one.prompt_format = inherited_format(
                     tokenizer, one.tokenizer, self.prompt_format, own_prompts
                 )
+        self._set_given()
 
     def _set_sampling(self, sampler: Sampler | None, args: OPRDConfig) -> None:
         """What writes, and how rollouts and the answers to held-out problems are drawn."""
@@ -187,6 +189,12 @@ class AskedSides(WrappedModels):
         # TRL's own generation takes all of its settings by itself; a sampler must be told.
         self._sampling = SamplingSettings() if sampler is None else SamplingSettings.from_training(args)
         self.eval_sampling = evaluation_settings(args)
+
+    def _set_given(self) -> None:
+        """Solutions answer prompts in the student's format. ValueError for terms they are wrong for."""
+        if isinstance(self.sampler, MixedSampler):
+            check_given(self.objective)
+            self.sampler.prompt_format = self.sampler.prompt_format or self.prompt_format
 
     def _facts(self, eval_dataset: Dataset | None) -> dict[str, Any]:
         """What the run folder says about prompts, sampling and held-out problems."""
@@ -239,7 +247,7 @@ class TrainerBase(AskedSides):
         check_dataset(train_dataset, args, self.objective)
         teacher.check_columns(train_dataset, eval_dataset)
         self.teacher = teacher
-        self.eval_sampler = eval_sampler or sampler
+        self.eval_sampler = eval_sampler or own_sampler(sampler)
         self._set_sampling(sampler or sampler_for_stops(model, processing_class, args), args)
         self._set_formats(prompt_format, args.chat_template_kwargs, train_dataset, processing_class)
         sides = (model, processing_class, teacher)
@@ -336,6 +344,9 @@ class PromptMixin(TrainerBase):
 class SamplingMixin(PromptMixin):
     """Responses from a sampler, whose log-probabilities are compared with the student's."""
 
+    _is_given: Bool[Tensor, "batch"] | None = None
+    """Which responses of the generation batch were given to the student; None without a sampler."""
+
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
     ) -> list[list[int]]:
@@ -345,11 +356,15 @@ class SamplingMixin(PromptMixin):
             with gapless_head_inputs(student):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         self.sampler.sync(student)
+        if isinstance(self.sampler, MixedSampler):
+            self.sampler.step = self.state.global_step
         rollouts = self.sampler.sample(
             prompt_ids, n=1, seed=self._rollout_seed(), **self._sampling.keywords()
         )
-        if rollouts.log_probs is not None:
-            gaps = self.inside(self.model_wrapped, partial(logprob_differences, student, rollouts))
+        self._is_given = is_given(rollouts)
+        own = rollouts.select((~self._is_given).nonzero().squeeze(1))
+        if own.log_probs is not None and len(own):
+            gaps = self.inside(self.model_wrapped, partial(logprob_differences, student, own))
             self._check_sampler(gaps, logprob_tolerance_of(student, self.args))
         return rollouts.responses()
 
@@ -374,8 +389,55 @@ class SamplingMixin(PromptMixin):
                 "larger logprob_tolerance (inf where stored responses are replayed)"
             )
 
+# %% ../../nbs/23_training/06_steps.ipynb #3d0000d1
+class OwnResponses(SamplingMixin):
+    """What the log says of the responses that the student wrote."""
+
+    def _describe_own(
+        self, rollouts: Rollouts, answers: list[str | None], sources: Tensor | None = None
+    ) -> None:
+        """What the student wrote of a generation batch, for the log; and how much was given, if any is."""
+        if isinstance(self.sampler, MixedSampler) and self._is_given is not None:
+            self.step_metrics.add("rollout/given", self._is_given.sum(), len(rollouts))
+            own = (~self._is_given).nonzero().squeeze(1)
+            if not len(own):
+                return
+            rollouts = rollouts.select(own)
+            answers = [answers[i] for i in own.tolist()]
+            sources = None if sources is None else sources[own.to(sources.device)]
+        self._describe_rollouts(rollouts)
+        self._grade_rollouts(rollouts, answers, sources)
+
+    def _describe_rollouts(self, rollouts: Rollouts) -> None:
+        """Lengths and truncation of a generation batch, for the log."""
+        truncated = self._sampling.truncated(rollouts, self._tokenizer, self.eos_token_ids)
+        self.step_metrics.add("response_length/mean", rollouts.response_lengths.sum(), len(rollouts))
+        self.step_metrics.add("response/truncated", truncated.sum(), len(rollouts))
+
+    def _grade_rollouts(
+        self, rollouts: Rollouts, answers: list[str | None], sources: Tensor | None = None
+    ) -> None:
+        """Where the set has answers: the share of right responses, and of those without an answer.
+
+        sources: the teacher of each response, of several; the share is then also there for each of them.
+        """
+        known = [answer for answer in answers if answer is not None]
+        if len(known) < len(answers):
+            return
+        grading = Grading(self.args.grade_with or None)
+        texts = rollouts.texts(self._tokenizer)
+        without = [grading.extracted(text) is None for text in texts]
+        grades = grading.grades(texts, known)
+        self.step_metrics.add("rollout/accuracy", sum(grades), len(texts))
+        numbers = [] if sources is None else sources.tolist()
+        for number, name in enumerate(self.teacher.names):
+            own = [grade for grade, source in zip(grades, numbers, strict=False) if source == number]
+            if own:
+                self.step_metrics.add(f"rollout/accuracy/{name}", sum(own), len(own))
+        self.step_metrics.add("rollout/no_answer", sum(without), len(texts))
+
 # %% ../../nbs/23_training/06_steps.ipynb #00000014
-class RolloutMixin(SamplingMixin):
+class RolloutMixin(OwnResponses):
     """Generation, and what the teacher reads of it."""
 
     @cached_property
@@ -402,38 +464,9 @@ class RolloutMixin(SamplingMixin):
         )
         for name, (total, number) in measured.items():
             self.step_metrics.add(name, total, number)
-        self._describe_rollouts(rollouts, pairs)
-        self._grade_rollouts(rollouts, [example.get("answer") for example in inputs], pairs.sources)
-        return batch | MicroBatch(rollouts, pairs, counts).to_batch()
-
-    def _describe_rollouts(self, rollouts: Rollouts, pairs: Pairs) -> None:
-        """Lengths, truncation and coverage of a generation batch, for the log."""
-        truncated = self._sampling.truncated(rollouts, self._tokenizer, self.eos_token_ids)
-        self.step_metrics.add("response_length/mean", rollouts.response_lengths.sum(), len(rollouts))
-        self.step_metrics.add("response/truncated", truncated.sum(), len(rollouts))
         self.step_metrics.add("pairing/coverage", pairs.coverage)
-
-    def _grade_rollouts(
-        self, rollouts: Rollouts, answers: list[str | None], sources: Tensor | None = None
-    ) -> None:
-        """Where the set has answers: the share of right responses, and of those without an answer.
-
-        sources: the teacher of each response, of several; the share is then also there for each of them.
-        """
-        known = [answer for answer in answers if answer is not None]
-        if len(known) < len(answers):
-            return
-        grading = Grading(self.args.grade_with or None)
-        texts = rollouts.texts(self._tokenizer)
-        without = [grading.extracted(text) is None for text in texts]
-        grades = grading.grades(texts, known)
-        self.step_metrics.add("rollout/accuracy", sum(grades), len(texts))
-        numbers = [] if sources is None else sources.tolist()
-        for number, name in enumerate(self.teacher.names):
-            own = [grade for grade, source in zip(grades, numbers, strict=False) if source == number]
-            if own:
-                self.step_metrics.add(f"rollout/accuracy/{name}", sum(own), len(own))
-        self.step_metrics.add("rollout/no_answer", sum(without), len(texts))
+        self._describe_own(rollouts, [example.get("answer") for example in inputs], pairs.sources)
+        return batch | MicroBatch(rollouts, pairs, counts).to_batch()
 
 # %% ../../nbs/23_training/06_steps.ipynb #00000016
 class PresentObjective(TrainerBase):
