@@ -139,9 +139,9 @@ class RolloutTensors:
     input_ids: Int[Tensor, "batch time"]
     """Token ids; what they are where `attention_mask` is False does not matter."""
     attention_mask: Bool[Tensor, "batch time"]
-    """True at prompt and response tokens, False at padding."""
+    """True at prompt and response tokens and at what tools wrote, False at padding."""
     response_mask: Bool[Tensor, "batch time"]
-    """True at the tokens that the student wrote, its end of turn included."""
+    """True at the tokens that the student wrote, its end of turn included; False where a tool wrote."""
     prompts: list | None = field(default=None, repr=False)
     """The chat messages of each prompt, where they are known."""
     log_probs: Float[Tensor, "batch time"] | None = field(default=None, repr=False)
@@ -206,11 +206,24 @@ class RolloutTokens(RolloutTensors):
 
     def prompt_ids(self) -> list[list[int]]:
         """The token ids of each prompt: everything before the first response token."""
-        before = self.attention_mask & (self.response_mask.cumsum(1) == 0)
-        return _kept_ids(self.input_ids, before)
+        return _kept_ids(self.input_ids, self.attention_mask & ~self.completion_mask)
+
+    @property
+    def completion_mask(self) -> Bool[Tensor, "batch time"]:
+        """Where student or tools wrote: from the first response token to the last token that is read."""
+        return self.attention_mask & (self.response_mask.cumsum(1) > 0)
+
+    def completions(self) -> list[list[int]]:
+        """The token ids of each completion."""
+        return _kept_ids(self.input_ids, self.completion_mask)
+
+    def written(self) -> list[list[bool]]:
+        """For each completion, which of its tokens the student wrote itself."""
+        rows = zip(self.response_mask.cpu(), self.completion_mask.cpu(), strict=True)
+        return [own[mask].tolist() for own, mask in rows]
 
     def texts(self, tokenizer) -> list[str]:
-        """The responses as text, without special tokens."""
+        """The responses as text, without special tokens and without what tools wrote."""
         return tokenizer.batch_decode(self.responses(), skip_special_tokens=True)
 
     def truncated(self, eos_token_ids: Sequence[int]) -> Bool[Tensor, "batch"]:
@@ -299,8 +312,9 @@ def check_ragged(
     prompt_ids: Sequence[Sequence[int]],
     response_ids: Sequence[Sequence[int]],
     log_probs: Sequence[Sequence[float]] | None = None,
+    written: Sequence[Sequence[bool]] | None = None,
 ) -> None:
-    """ValueError where lists of prompts, responses and log-probabilities do not make a batch of rollouts."""
+    """ValueError where these lists, the last two of one value per token, do not make a batch of rollouts."""
     if len(prompt_ids) != len(response_ids) or not len(prompt_ids):
         raise ValueError(
             f"response_ids: {len(response_ids)} responses for {len(prompt_ids)} prompts; "
@@ -312,12 +326,11 @@ def check_ragged(
                 raise ValueError(
                     f"{name}[{i}] is empty: every rollout needs at least one token of each; drop this one"
                 )
-    if log_probs is None:
-        return
-    if [len(values) for values in log_probs] != [len(ids) for ids in response_ids]:
-        raise ValueError(
-            "log_probs: lengths differ from those of response_ids; give one number per response token"
-        )
+    for name, values in (("log_probs", log_probs), ("written", written)):
+        if values is not None and [len(own) for own in values] != [len(ids) for ids in response_ids]:
+            raise ValueError(
+                f"{name}: lengths differ from those of response_ids; give one value per response token"
+            )
 
 # %% ../nbs/01_core.ipynb #209906cf
 class Rollouts(RolloutParts, RolloutFiles):
@@ -335,13 +348,15 @@ class Rollouts(RolloutParts, RolloutFiles):
         prompts: list | None = None,
         side: str = "left",
         log_probs: Sequence[Sequence[float]] | None = None,
+        written: Sequence[Sequence[bool]] | None = None,
     ) -> "Rollouts":
         """Lay ragged prompts and responses (lists of token ids) into one rectangle, padded on `side`.
 
         `side` is "left" or "right"; `log_probs` has one number per response token.
+        `written`: which tokens of each response the student wrote itself, False for a tool's; None: all.
         ValueError for an empty prompt or response, and where the lists do not fit together.
         """
-        check_ragged(prompt_ids, response_ids, log_probs)
+        check_ragged(prompt_ids, response_ids, log_probs, written)
         if side not in ("left", "right"):
             raise ValueError(f"side={side!r}: use 'left' or 'right'")
         pairs = list(zip(prompt_ids, response_ids, strict=True))
@@ -356,7 +371,7 @@ class Rollouts(RolloutParts, RolloutFiles):
             end = middle + len(response)
             ids[i, start:end] = torch.tensor([*prompt, *response])
             attention_mask[i, start:end] = True
-            response_mask[i, middle:end] = True
+            response_mask[i, middle:end] = True if written is None else torch.tensor(written[i])
             if values is not None and log_probs is not None:
                 values[i, middle:end] = torch.tensor(log_probs[i])
         return cls(ids, attention_mask, response_mask, prompts, values)

@@ -356,9 +356,9 @@ def _up_to_gap(positions: np.ndarray) -> np.ndarray:
     return positions[: gaps[0] + 1] if len(gaps) else positions
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #d5dafd7e
-def _response_positions(response_mask: Bool[Tensor, "batch time"]) -> list[np.ndarray]:
-    """For each sequence, the positions of its response up to the first gap."""
-    return [_up_to_gap(np.flatnonzero(row)) for row in response_mask.cpu().numpy()]
+def _completion_positions(rollouts: Rollouts) -> list[np.ndarray]:
+    """For each sequence, the positions of what student and tools wrote, up to the first that is not read."""
+    return [_up_to_gap(np.flatnonzero(row)) for row in rollouts.completion_mask.cpu().numpy()]
 
 # %% ../../nbs/07_pairing/03_positions.ipynb #09871e02
 def _teacher_batch(
@@ -380,7 +380,7 @@ def _teacher_batch(
 # %% ../../nbs/07_pairing/03_positions.ipynb #144daa15
 def _lay_out(
     rollouts: Rollouts,
-    response_positions: list[np.ndarray],
+    completion_positions: list[np.ndarray],
     prompt_ids: list[list[int]],
     alignments: list[_Alignment],
     pad_token_id: int,
@@ -390,7 +390,7 @@ def _lay_out(
     teacher_positions = np.full(shape, -1)
     offsets = np.zeros(shape, dtype=np.int64)
     for b, (response, prompt, alignment) in enumerate(
-        zip(response_positions, prompt_ids, alignments, strict=True)
+        zip(completion_positions, prompt_ids, alignments, strict=True)
     ):
         # Example: prompt of 2 student tokens at positions 3, 4; response at 5, 6, 7; the teacher's prompt has
         # 4 tokens, at 0 to 3. Alignment index 0 1 1 2 belongs to student positions 4 5 6 7, and becomes the
@@ -403,10 +403,12 @@ def _lay_out(
         teacher_positions[b, student_positions[entries]] = paired[entries]
         offsets[b, student_positions[entries]] = alignment.offset[entries]
     device = rollouts.input_ids.device
+    compared = response_and_predicting(rollouts.response_mask)
     inputs = _teacher_batch(prompt_ids, alignments, pad_token_id, rollouts.prompts)
     return Pairs(
         inputs.to(device),
-        torch.from_numpy(teacher_positions).to(device),
+        # Nothing is compared where a tool wrote, but for its last position, which predicts the student's.
+        torch.from_numpy(teacher_positions).to(device).masked_fill(~compared, -1),
         torch.from_numpy(offsets).to(device),
         rollouts.response_mask,
     )
@@ -446,7 +448,7 @@ def pair_positions(
         return identity_pairs(rollouts)
     prompt_ids = _teacher_prompts(teacher_tokenizer, rollouts.prompts, prompt_format)
     ids = rollouts.input_ids.cpu().numpy()
-    positions = _response_positions(rollouts.response_mask)
+    positions = _completion_positions(rollouts)
     responses = [sequence[own] for sequence, own in zip(ids, positions, strict=True)]
     alignments = _align_responses(responses, student_tokenizer, teacher_tokenizer)
     pad: Any = teacher_tokenizer.pad_token_id
@@ -470,7 +472,7 @@ def pair_prompted(
         # In the student's own padding, so that equal weights give equal states to the last bit.
         return identity_pairs(rollouts)
     ids = rollouts.input_ids.cpu().numpy()
-    positions = _response_positions(rollouts.response_mask)
+    positions = _completion_positions(rollouts)
     alignments = []
     for sequence, own in zip(ids, positions, strict=True):
         index = np.arange(len(own) + 1)

@@ -116,13 +116,17 @@ def read_batches(
     budget: tokens of a batch, padding included; a single rollout may have more. Halved when memory runs out.
     """
     prompts = rollouts.prompt_ids()
-    responses = rollouts.responses()
+    responses = rollouts.completions()
+    written = rollouts.written()
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     start = 0
     while start < len(lengths):
         end = start + rows_that_fit(lengths[start : start + budget], 1, budget)
         messages = rollouts.prompts[start:end] if rollouts.prompts else rollouts.prompts
-        batch = Rollouts.from_ids(prompts[start:end], responses[start:end], pad_token_id, messages)
+        part = slice(start, end)
+        batch = Rollouts.from_ids(
+            prompts[part], responses[part], pad_token_id, messages, written=written[part]
+        )
         try:
             found = read(start, batch)
         except (RuntimeError, MemoryError) as error:

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "prompts": ["PromptFormat", "encode_prompts"],
         "settings": ["SamplingSettings"],
         "samplers": ["Sampler", "HFSampler", "ReplaySampler", "logprob_gap", "response_log_probs"],
+        "turns": ["ToolSampler"],
         "vllm": ["VLLMSampler"],
         "mixed": ["MixedSampler"],
     },
@@ -28,4 +29,5 @@ if TYPE_CHECKING:
         response_log_probs as response_log_probs,
     )
     from .settings import SamplingSettings as SamplingSettings
+    from .turns import ToolSampler as ToolSampler
     from .vllm import VLLMSampler as VLLMSampler

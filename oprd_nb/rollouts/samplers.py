@@ -254,13 +254,14 @@ def logprob_gap(student: nn.Module, rollouts: Rollouts) -> float:
 
 # %% ../../nbs/06_rollouts/02_samplers.ipynb #c530e5f1
 class StoredResponses:
-    """The responses of a batch by their prompts. ValueError for a rollout without a response."""
+    """The responses of a batch, with what tools wrote, by prompt. ValueError for an empty response."""
 
     def __init__(self, rollouts: Rollouts):
-        self.responses = rollouts.responses()
+        self.responses = rollouts.completions()
+        self.written = rollouts.written()
         self.log_probs: list[list[float]] | None = None
         if rollouts.log_probs is not None:
-            rows = zip(rollouts.log_probs, rollouts.response_mask, strict=True)
+            rows = zip(rollouts.log_probs, rollouts.completion_mask, strict=True)
             self.log_probs = [values[mask].tolist() for values, mask in rows]
         self._indices: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(rollouts.prompt_ids()):
@@ -323,11 +324,14 @@ class ReplaySampler:
                 f"prompts: {text!r} has no stored response; replay only prompts of the stored batch"
             ) from None
         responses = [self._stored.responses[i][:max_new_tokens] for i in chosen]
+        written = [self._stored.written[i][:max_new_tokens] for i in chosen]
         log_probs = None
         if self._stored.log_probs is not None:
             log_probs = [self._stored.log_probs[i][:max_new_tokens] for i in chosen]
         pad_token_id = cast(int, self.tokenizer.pad_token_id)
-        return Rollouts.from_ids(prompt_ids, responses, pad_token_id, prompts=chat, log_probs=log_probs)
+        return Rollouts.from_ids(
+            prompt_ids, responses, pad_token_id, prompts=chat, log_probs=log_probs, written=written
+        )
 
     def sync(self, student: nn.Module) -> None:
         """Nothing to do: the text is fixed."""

@@ -110,6 +110,15 @@ _OF_TRL = {
 }
 """What TRL logs."""
 
+_OF_TOOLS = {
+    "rollout/accuracy/turns_<t>": Metric("share", "Right responses, of <t> turns", ".1%"),
+    "rollout/turns": Metric("turns", "Turns per rollout"),
+    "rollout/tool_calls": Metric("calls", "Calls of a tool per rollout"),
+    "rollout/tool_errors": Metric("share", "Calls of a tool that failed", ".1%"),
+    "response/not_written": Metric("share", "Rollouts with a tool's text only, left out", ".1%"),
+}
+"""What is logged where tools answer."""
+
 # %% ../../nbs/22_runs/01_folder.ipynb #00000041
 METRICS = {
     # Of every line.
@@ -166,6 +175,7 @@ METRICS = {
     "time/gradients": Metric("s", "Seconds per step, gradients of terms"),
     "time/update": Metric("s", "Seconds per step, update"),
     "memory/delta_peak": Metric("bytes", "Memory the update adds at its peak", ".3s"),
+    **_OF_TOOLS,
     **_OF_TRL,
 }
 

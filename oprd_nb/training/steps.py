@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PlacedTeacher', 'WrappedModels', 'AskedSides', 'TrainerBase', 'EpochSampler', 'rollouts_of', 'PromptMixin',
-           'SamplingMixin', 'OwnResponses', 'RolloutMixin', 'PresentObjective', 'LossMixin', 'SignalMixin', 'LogMixin',
-           'FiniteMixin', 'CheckedSteps', 'from_first_step', 'ScheduleMixin', 'StepMixin']
+           'ToolMixin', 'SamplingMixin', 'OwnResponses', 'RolloutMixin', 'PresentObjective', 'LossMixin', 'SignalMixin',
+           'LogMixin', 'FiniteMixin', 'CheckedSteps', 'from_first_step', 'ScheduleMixin', 'StepMixin']
 
 # %% ../../nbs/23_training/06_steps.ipynb #f420a7f4
 import math
@@ -45,6 +45,7 @@ from ..rollouts.mixed import MixedSampler, is_given, own_sampler
 from ..rollouts.prompts import PromptFormat, encode_prompts, with_switches
 from ..rollouts.samplers import Sampler, logprob_differences
 from ..rollouts.settings import SamplingSettings
+from ..rollouts.turns import by_turns, calls_of, turns_of
 from ..rollouts.writing import gapless_head_inputs
 from ..teachers import Teacher, asked_of_both, inherited_format
 from .batching import MicroBatch
@@ -340,8 +341,35 @@ class PromptMixin(TrainerBase):
             seed=args.seed,
         )
 
+# %% ../../nbs/23_training/06_steps.ipynb #b7020101
+class ToolMixin(PromptMixin):
+    """What a sampler's tool wrote, marked as TRL marks what its own tools write."""
+
+    _written: list[list[bool]] | None = None
+    """For each completion, which tokens the student wrote itself; None where the sampler calls no tool."""
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """TRL's generation, with the mask of what a sampler's tool wrote in place of TRL's."""
+        prompt_ids, completion_ids, tool_mask, *pictures = super()._generate(prompts)
+        written, self._written = self._written, None
+        if written is not None:
+            tool_mask = [[int(own) for own in row] for row in written]
+        return prompt_ids, completion_ids, tool_mask, *pictures
+
+    def _see_tools(self, rollouts: Rollouts) -> None:
+        """Keep what the student wrote itself, where the sampler calls a tool; log the failed calls."""
+        errors = (rollouts.columns or {}).get("tool_errors")
+        calls = int(calls_of(rollouts).sum())
+        if errors is None and not calls:
+            return
+        if self.tools:
+            raise ValueError("tools: the sampler calls a tool already; leave tools away, or the ToolSampler")
+        self._written = rollouts.written()
+        if errors is not None:
+            self.step_metrics.add_ratio("rollout/tool_errors", sum(errors), calls)
+
 # %% ../../nbs/23_training/06_steps.ipynb #af3967e0
-class SamplingMixin(PromptMixin):
+class SamplingMixin(ToolMixin):
     """Responses from a sampler, whose log-probabilities are compared with the student's."""
 
     _is_given: Bool[Tensor, "batch"] | None = None
@@ -350,7 +378,7 @@ class SamplingMixin(PromptMixin):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
     ) -> list[list[int]]:
-        """Response ids, from `self.sampler` or from TRL's engine."""
+        """Completion ids, from `self.sampler` or from TRL's engine."""
         student = self.accelerator.unwrap_model(self.model_wrapped)
         if self.sampler is None:
             with gapless_head_inputs(student):
@@ -366,7 +394,8 @@ class SamplingMixin(PromptMixin):
         if own.log_probs is not None and len(own):
             gaps = self.inside(self.model_wrapped, partial(logprob_differences, student, own))
             self._check_sampler(gaps, logprob_tolerance_of(student, self.args))
-        return rollouts.responses()
+        self._see_tools(rollouts)
+        return rollouts.completions()
 
     def _rollout_seed(self) -> int:
         """Another seed per step and process."""
@@ -414,12 +443,20 @@ class OwnResponses(SamplingMixin):
         self.step_metrics.add("response_length/mean", rollouts.response_lengths.sum(), len(rollouts))
         self.step_metrics.add("response/truncated", truncated.sum(), len(rollouts))
 
+    def _describe_turns(self, rollouts: Rollouts) -> None:
+        """Turns and calls per rollout, and the share in which the student wrote nothing itself."""
+        turns = turns_of(rollouts)
+        self.step_metrics.add("rollout/turns", turns.sum(), len(rollouts))
+        self.step_metrics.add("rollout/tool_calls", calls_of(rollouts).sum(), len(rollouts))
+        self.step_metrics.add("response/not_written", (turns == 0).sum(), len(rollouts))
+
     def _grade_rollouts(
         self, rollouts: Rollouts, answers: list[str | None], sources: Tensor | None = None
     ) -> None:
         """Where the set has answers: the share of right responses, and of those without an answer.
 
         sources: the teacher of each response, of several; the share is then also there for each of them.
+        Where tools answered, it is also there for each number of turns.
         """
         known = [answer for answer in answers if answer is not None]
         if len(known) < len(answers):
@@ -429,6 +466,8 @@ class OwnResponses(SamplingMixin):
         without = [grading.extracted(text) is None for text in texts]
         grades = grading.grades(texts, known)
         self.step_metrics.add("rollout/accuracy", sum(grades), len(texts))
+        for turns, own in by_turns(rollouts, grades).items():
+            self.step_metrics.add(f"rollout/accuracy/turns_{turns}", sum(own), len(own))
         numbers = [] if sources is None else sources.tolist()
         for number, name in enumerate(self.teacher.names):
             own = [grade for grade, source in zip(grades, numbers, strict=False) if source == number]
@@ -466,6 +505,8 @@ class RolloutMixin(OwnResponses):
             self.step_metrics.add(name, total, number)
         self.step_metrics.add("pairing/coverage", pairs.coverage)
         self._describe_own(rollouts, [example.get("answer") for example in inputs], pairs.sources)
+        if "tool_mask" in batch:
+            self._describe_turns(rollouts)
         return batch | MicroBatch(rollouts, pairs, counts).to_batch()
 
 # %% ../../nbs/23_training/06_steps.ipynb #00000016
