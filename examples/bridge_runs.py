@@ -39,12 +39,13 @@ METHODS = {
         "bridge-4",
         "readout-directions",
     ],
-    "cross_tokenizer": ["readout", "readout-boundaries", "bridge-4-ids"],
+    "cross_tokenizer": ["readout-every", "readout-boundaries-every", "bridge-4-ids"],
 }
 """What the endings of a method's name mean.
 
 `-directions` compares unit vectors in place of states with their length.
 `-boundaries` supervises shared byte boundaries only.
+`-every` supervises positions after every token of the teacher, those that its text never had too.
 `-ids` is the reference's way across tokenizers: the teacher is fed the student's ids.
 """
 KEY = ["method", "learning_rate", "later_rate", "seed", "steps", "split"]
@@ -67,7 +68,7 @@ def swept(stage: str) -> str:
     """The method whose sweep gives the learning rate of a stage."""
     if stage.startswith("bridge") and not stage.endswith("-ids"):
         return "bridge-8"
-    return stage.removesuffix("-boundaries").removesuffix("-directions")
+    return stage.replace("-boundaries", "").removesuffix("-directions")
 
 
 def bridge_for(stage: str, pair, seed: int):
@@ -92,6 +93,8 @@ def bridge_for(stage: str, pair, seed: int):
         max_new_tokens=40,
         seed=seed,
     )
+    if "every" in options:
+        fitted = ReadoutBridge(replace(fitted.header, written=None), fitted.tensors)
     if "boundaries" not in options:
         return fitted
     return ReadoutBridge(

@@ -38,6 +38,7 @@ from oprd_nb.objectives.representation import Representation
 from oprd_nb.objectives.terms import as_objective
 from oprd_nb.pairing.positions import identity_pairs
 from oprd_nb.probing.states import split_by_response
+from oprd_nb.rollouts.prompts import encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler
 from oprd_nb.structure.moments import Moments
 from oprd_nb.structure.ridge import fit_sgd
@@ -670,6 +671,30 @@ def test_each_state_is_read_by_the_map_of_its_offset_in_the_loss_too():
         chosen = offsets == offset
         expected = hidden[chosen] @ made.tensors["weight"][offset].T + made.tensors["bias"][offset]
         assert torch.allclose(found[chosen], expected.float(), atol=1e-6)
+
+
+def test_no_position_after_a_token_that_the_teacher_never_writes(tokens, by_offset, tmp_path):
+    """What follows a `=` decides how the teacher reads it: `=4` is one token, `==` is two."""
+    texts = ["37+58=95\n", "37+58==5\n", "37++8=95\n"]
+    responses = tokens.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = list(tokens.pair.task.train["prompt"][:3])
+    rollouts = Rollouts.from_ids(encode_prompts(tokens.tokenizer, prompts), responses, 0, prompts)
+    pairs = tokens.teacher.read(rollouts, tokens.tokenizer)
+    term = Representation("last", "all", bridge=by_offset, distance="mse", predicting=True)
+    every = ReadoutBridge(replace(by_offset.header, written=None), by_offset.tensors)
+    before = Representation("last", "all", bridge=every, distance="mse", predicting=True).mask(pairs)
+    left_out = []
+    for response, text in enumerate(texts):
+        first = int(rollouts.response_mask[response].nonzero()[0, 0])
+        lost = (before & ~term.mask(pairs))[response].nonzero().squeeze(1) - first
+        left_out.append([text[: int(at) + 1] for at in lost])
+    # The second `=` is half of the teacher's `=5`: its last state is still the one after the lone `=`.
+    assert left_out == [[], ["37+58=", "37+58=="], ["37+", "37++"]]
+    assert load_bridge(by_offset.save(tmp_path)).header.written == by_offset.header.written
+
+
+def test_maps_of_one_tokenizer_know_every_token(readout, rank8):
+    assert readout.written is None and rank8.written is None
 
 
 @pytest.mark.parametrize("facts", [{"width": True}, {"width": None}, {"width": 3, "depth": "4"}])

@@ -57,6 +57,7 @@ class Mirror:
 
     layer_pairs = [(2, 2)]
     offsets = (0,)
+    written = None
 
     def project_student(self, layer, hidden):
         return hidden

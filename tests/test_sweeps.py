@@ -72,6 +72,7 @@ def test_the_best_rate_is_marked():
         ("bridge-8", "OPRD-Bridge, r = 8"),
         ("bridge-4-ids", "OPRD-Bridge, r = 4, student's ids fed to the teacher"),
         ("readout-boundaries", "Readout bridge, shared boundaries only"),
+        ("readout-every", "Readout bridge, after every token"),
         ("readout-directions", "Readout bridge, directions only"),
         ("opd-full>bridge-auto", "OPD full KL, then OPRD-Bridge, r = auto"),
     ],

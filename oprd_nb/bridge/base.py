@@ -98,6 +98,8 @@ class BridgeMetadata:
     """Share of the selected positions that had a teacher state at one of `offsets` during the fit."""
     scores: list[dict] = field(default_factory=list, repr=False)
     """Held-out scores: one record per layer and rank, or one per offset."""
+    written: tuple[int, ...] | None = field(default=None, repr=False)
+    """Across tokenizers, the teacher's tokens in the text of the fit; None: any token."""
 
 # %% ../../nbs/12_bridge/01_base.ipynb #6f1d2a05
 def read_metadata(text: str) -> BridgeMetadata:
@@ -105,6 +107,8 @@ def read_metadata(text: str) -> BridgeMetadata:
     stored = json.loads(text)
     stored["layer_pairs"] = [tuple(pair) for pair in stored["layer_pairs"]]
     stored["offsets"] = tuple(stored["offsets"])
+    if stored.get("written") is not None:
+        stored["written"] = tuple(stored["written"])
     stored["student"] = ModelSpec(**stored["student"])
     stored["teacher"] = ModelSpec(**stored["teacher"])
     return BridgeMetadata(**stored)
@@ -185,6 +189,11 @@ class DescribedMaps(FrozenMaps):
     def offsets(self) -> tuple[int, ...]:
         """Bytes into the teacher's next token for which there is a map; 0 is a shared boundary."""
         return self.header.offsets
+
+    @property
+    def written(self) -> Int[Tensor, "n"] | None:
+        """The teacher's tokens after which its states were seen in the fit; None: any token."""
+        return None if self.header.written is None else torch.tensor(self.header.written, dtype=torch.long)
 
     @property
     def scores(self) -> pd.DataFrame:

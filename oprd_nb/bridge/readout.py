@@ -6,13 +6,13 @@
 __all__ = ['LEARNING_RATE', 'FEWEST_STATES', 'READOUT_STATES', 'require_maps', 'ReadoutMaps', 'divergence', 'Targets',
            'TokenTargets', 'KLTargets', 'StoredKLTargets', 'as_targets', 'FrozenHead', 'head_row_basis', 'AffineMap',
            'ridge_map', 'ReadoutProblem', 'MovableMap', 'fit_adam', 'start_map', 'fit_offset', 'fit_offsets',
-           'check_lengths', 'ReadoutBridge', 'ReadoutStates', 'readout_states', 'fit_readout', 'retokenize',
-           'load_bridge']
+           'check_lengths', 'ReadoutBridge', 'ReadoutStates', 'readout_states', 'tokens_read', 'fit_readout',
+           'retokenize', 'load_bridge']
 
 # %% ../../nbs/12_bridge/03_readout.ipynb #00000004
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +26,7 @@ from .base import HELD_OUT, BridgeBase, BridgeMetadata, ModelSpec, load_maps, sp
 from .pca import Bridge
 from ..capture import FINAL, at_least_float32, lm_head_of, num_layers_of
 from ..core import Positions, Rollouts
-from ..pairing.positions import end_of_turn
+from ..pairing.positions import Pairs, end_of_turn
 from ..pairing.token_bytes import fingerprint
 from ..probing.states import paired_states, split_by_response
 from ..rollouts.prompts import encode_prompts
@@ -499,6 +499,12 @@ def readout_states(
     joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     return ReadoutStates(*joined, coverage=num_paired / num_selected)
 
+# %% ../../nbs/12_bridge/03_readout.ipynb #6000b002
+def tokens_read(pairs: Pairs) -> tuple[int, ...]:
+    """The distinct tokens that a teacher reads of some responses, in ascending order."""
+    inputs = pairs.teacher_inputs
+    return tuple(inputs.input_ids[inputs.response_mask].unique().tolist())
+
 # %% ../../nbs/12_bridge/03_readout.ipynb #8b1e4d1c
 def fit_readout(
     student: nn.Module,
@@ -520,6 +526,9 @@ def fit_readout(
     )
     has_map = torch.isin(states.offsets, states.offsets.new_tensor(readout.offsets))
     coverage = states.coverage * float(has_map.float().mean())
+    if not one_tokenizer:
+        written = tokens_read(teacher.read(rollouts, tokenizer))
+        readout = ReadoutBridge(replace(readout.header, written=written), readout.tensors)
     return readout.bind(student, teacher, tokenizer, True, coverage)
 
 # %% ../../nbs/12_bridge/03_readout.ipynb #8b1e4d1e

@@ -40,6 +40,11 @@ class Projection(Protocol):
         """Byte offsets at which the teacher's states can be mapped; (0,) is shared boundaries only."""
         ...
 
+    @property
+    def written(self) -> Int[Tensor, "n"] | None:
+        """The teacher's tokens after which its states can be mapped; None: any token."""
+        ...
+
     def project_student(self, layer: int, hidden: Float[Tensor, "n d_student"]) -> Float[Tensor, "n d"]:
         """Hidden states of the student's `layer`, its true layer id."""
         ...
@@ -109,13 +114,15 @@ class BridgedStates(ComparedLayers):
     """What a bridge changes: which positions are supervised, what is checked, and the teacher's states."""
 
     def mask(self, pairs: Pairs) -> Bool[Tensor, "batch time"]:
-        """The supervised student positions: behind a bridge, only those at offsets it has a map for."""
+        """The supervised student positions: behind a bridge, only those whose teacher state it can map."""
         supervised = super().mask(pairs)
         if self.bridge is None:
             return supervised
         # One comparison per offset: a list of them would have to be copied to the device.
         has_map = [pairs.offsets == offset for offset in self.bridge.offsets]
-        return supervised & reduce(torch.logical_or, has_map)
+        supervised = supervised & reduce(torch.logical_or, has_map)
+        written = self.bridge.written
+        return supervised if written is None else supervised & pairs.after(written)
 
     def check(self, student: nn.Module, teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> None:
         """ValueError if the bridge does not fit these models."""
@@ -138,7 +145,7 @@ class Representation(BridgedStates):
     """OPRD (Eq. 6; Eq. 14-15 behind a bridge): mean over layers of a distance between paired hidden states.
 
     `layers` as in `Layers`, `positions` as in `Positions`; `distance` names one of `DISTANCES`.
-    `bridge`: a `Projection`; positions at offsets it has no map for are not supervised.
+    `bridge`: a `Projection`; positions at offsets, or after tokens, that it does not know are not supervised.
     `predicting`: read the positions before the chosen tokens. `final_norm` as in `capture`.
     `layer_pairs`: [(student layer, teacher layer), ...] to compare, in place of `layers` and Eq. 11.
     """

@@ -91,6 +91,12 @@ class PairCoverage(PairedPositions):
         found = self.offsets[self.paired & self.response_mask].unique().tolist()
         return {offset: self._share(self.paired & (self.offsets == offset)) for offset in found}
 
+    def after(self, tokens: Int[Tensor, "n"]) -> Bool[Tensor, "batch time"]:
+        """The paired positions at which the teacher has last read one of `tokens`, or only its prompt."""
+        inputs = self.teacher_inputs
+        known = torch.isin(inputs.input_ids, tokens.to(inputs.input_ids.device)) | ~inputs.response_mask
+        return self.paired & known.gather(1, self.teacher_positions.clamp(min=0))
+
     def _share(self, mask: Bool[Tensor, "batch time"]) -> float:
         """Share of all response tokens that `mask` marks."""
         return (mask & self.response_mask).sum().item() / max(self.response_mask.sum().item(), 1)

@@ -19,6 +19,7 @@ from ..utils import t_interval
 # %% ../../nbs/30_plots/06_sweeps.ipynb #00000005
 OPTIONS = {
     "boundaries": "shared boundaries only",
+    "every": "after every token",
     "directions": "directions only",
     "ids": "student's ids fed to the teacher",
     "auto": "r = auto",
