@@ -229,6 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--pair", default="cross_architecture", choices=METHODS)
     parser.add_argument("--methods", nargs="+", help="by default all of the pair")
+    parser.add_argument("--rate_of", help="take the best learning rate of this method, in place of a sweep")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=2)
@@ -238,12 +239,21 @@ def main() -> None:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if not Path(f"{args.out}_coverage.csv").exists():
         coverage_table(args.pair).to_csv(f"{args.out}_coverage.csv", index=False, float_format="%.4g")
-    stages = list(dict.fromkeys(swept(stage) for method in methods for stage in method.split(">")))
+    stages = list(
+        dict.fromkeys(args.rate_of or swept(stage) for method in methods for stage in method.split(">"))
+    )
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         table = sweep(pool, Path(f"{args.out}_sweep.csv"), args.pair, stages, args.steps)
         best = table.loc[table.groupby("method").accuracy.idxmax()].set_index("method").learning_rate
         final = [
-            (args.pair, m, [float(best[swept(stage)]) for stage in m.split(">")], seed, args.steps, "test")
+            (
+                args.pair,
+                m,
+                [float(best[args.rate_of or swept(stage)]) for stage in m.split(">")],
+                seed,
+                args.steps,
+                "test",
+            )
             for m in methods
             for seed in args.seeds
         ]
