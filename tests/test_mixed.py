@@ -20,6 +20,7 @@ from oprd_nb.objectives.reward import TaskReward
 from oprd_nb.rollouts.mixed import MixedSampler, choose_given, is_given
 from oprd_nb.rollouts.prompts import PromptFormat, encode_prompts
 from oprd_nb.rollouts.samplers import HFSampler
+from oprd_nb.rollouts.turns import ToolSampler, calculator, calls_of
 from oprd_nb.teachers import Teacher
 from oprd_nb.training.trainer import OPRDTrainer
 
@@ -58,6 +59,22 @@ def test_prompts_keep_their_order_and_given_responses_are_the_solutions(pair):
     assert rollouts.select(own).responses() == alone.responses()
     assert rollouts.log_probs[given][rollouts.response_mask[given]].isnan().all()
     assert rollouts.select(own).log_probs.isfinite().all()
+
+
+def test_what_a_tool_wrote_stays_its_own_beside_given_responses(pair):
+    rows = pair.task.train.select(range(8))
+    tool = ToolSampler(HFSampler(pair.student, pair.tokenizer), calculator, stop="=", max_turns=2)
+    rollouts = MixedSampler(tool, rows, 0.5).sample(rows["prompt"], max_new_tokens=40, seed=5)
+    own = (~is_given(rollouts)).nonzero().squeeze(1)
+    prompts = encode_prompts(pair.tokenizer, rows["prompt"])
+    alone = tool.sample([prompts[i] for i in own.tolist()], max_new_tokens=40, seed=5)
+    assert calls_of(alone).sum() > 0
+    assert rollouts.select(own).completions() == alone.completions()
+    assert rollouts.select(own).written() == alone.written()
+    assert calls_of(rollouts).tolist() == [
+        0 if given else calls_of(alone)[own.tolist().index(i)].item()
+        for i, given in enumerate(is_given(rollouts).tolist())
+    ]
 
 
 def test_solutions_are_cut_like_responses(pair):

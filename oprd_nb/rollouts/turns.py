@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['turns_of', 'calls_of', 'by_turns', 'calculator', 'ToolAnswer', 'call_tool', 'tool_ids', 'Transcript',
-           'transcripts_of', 'batch_of', 'WrappedSampler', 'SamplerTurns', 'ToolSampler']
+           'transcripts_of', 'batch_of', 'ToolSettings', 'SamplerTurns', 'ToolSampler']
 
 # %% ../../nbs/06_rollouts/02b_turns.ipynb #b7020004
 import math
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core import Rollouts
 from .prompts import PromptFormat
-from .samplers import Sampler
+from .samplers import Sampler, WrappedSampler
 from .settings import SamplingSettings, check_number
 
 # %% ../../nbs/06_rollouts/02b_turns.ipynb #b7020007
@@ -158,8 +158,8 @@ def batch_of(transcripts: Sequence[Transcript], pad_token_id: int, prompts: list
 
 # %% ../../nbs/06_rollouts/02b_turns.ipynb #b7020026
 @dataclass
-class WrappedSampler:
-    """A sampler that another one asks, turn by turn."""
+class ToolSettings(WrappedSampler):
+    """What writes, what answers, and how often and how much."""
 
     sampler: Sampler
     tool: Callable[[str], str]
@@ -176,26 +176,12 @@ class WrappedSampler:
         check_number("seconds", self.seconds, 0)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model that writes."""
-        return self.sampler.tokenizer
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """Ids that end a response."""
-        return self.sampler.eos_token_ids
-
-    @property
     def prompt_format(self) -> PromptFormat | None:
         """How prompts are put to the model that writes."""
         return getattr(self.sampler, "prompt_format", None)
 
-    def sync(self, student: nn.Module) -> None:
-        """Use this student's present weights from now on."""
-        self.sampler.sync(student)
-
 # %% ../../nbs/06_rollouts/02b_turns.ipynb #b7020027
-class SamplerTurns(WrappedSampler):
+class SamplerTurns(ToolSettings):
     """One turn of the student, one answer of the tool."""
 
     def _turn(self, prompts: Sequence, n: int, settings: SamplingSettings, turn: int, seed: int) -> Rollouts:
