@@ -747,11 +747,11 @@ def test_a_gap_ends_what_the_teacher_was_shown():
     student, teacher = the("gpt2-like"), the("llama-like")
     ids = student("the sum", add_special_tokens=False)["input_ids"]
     mask = torch.tensor([[False] + [True] * len(ids) + [False] * 3 + [True] * len(ids)])
+    # A gap that is read is what a tool wrote, and ends nothing (tests/test_turns.py); this one is padding.
+    read = mask.clone()
+    read[0, 0] = True
     rollouts = Rollouts(
-        torch.tensor([[7, *ids, 7, 7, 7, *ids]]),
-        torch.ones_like(mask),
-        mask,
-        [[{"role": "user", "content": "?"}]],
+        torch.tensor([[7, *ids, 7, 7, 7, *ids]]), read, mask, [[{"role": "user", "content": "?"}]]
     )
     pairs = paired(rollouts, student, teacher)
     assert (
