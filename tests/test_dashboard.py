@@ -198,7 +198,7 @@ def test_it_shows_what_the_static_figures_show_after_any_refresh(tmp_path):
 def test_runs_are_hidden_and_shown_and_keep_their_looks(tmp_path):
     folders = [synthetic_run(tmp_path / name, name, steps=40, problems=10) for name in ("oprd", "opd-full")]
     dashboard = RunDashboard(folders)
-    before = {name: panel.figure for name, panel in dashboard.figures.items()}
+    before = {name: panel.state.figure for name, panel in dashboard.figures.items()}
     dashboard.choice.buttons[folders[0]].value = False
     shown = dashboard.figures["loss"].data
     assert [trace.visible for trace in shown] == [False, False, True, True]
@@ -210,7 +210,7 @@ def test_runs_are_hidden_and_shown_and_keep_their_looks(tmp_path):
     assert all(frame.layout.display == "none" for frame in dashboard.frames.values())
     for button in dashboard.choice.buttons.values():
         button.value = True
-    after = {name: json.loads(panel.figure) for name, panel in dashboard.figures.items()}
+    after = {name: json.loads(panel.state.figure) for name, panel in dashboard.figures.items()}
     for name, text in before.items():
         assert after[name]["data"] == json.loads(text)["data"]
 

@@ -146,12 +146,13 @@ def test_a_panel_repeats_its_whole_state_to_a_view_that_missed_a_change():
     explorer = LayerExplorer(token_table())
     explorer.response.value = 2
     sent = []
-    explorer.map.send_state = lambda *names: sent.append(json.loads(explorer.map.figure))
+    state = explorer.map.state
+    state.send_state = lambda: sent.append(json.loads(state.figure))
     explorer.map._receive(explorer.map, {"kind": "shows", "count": 0}, [])
     assert "response 2" in sent[0]["layout"]["title"]["text"]
-    explorer.map._receive(explorer.map, {"kind": "shows", "count": explorer.map.count}, [])
+    explorer.map._receive(explorer.map, {"kind": "shows", "count": state.count}, [])
     assert len(sent) == 1
-    assert len(explorer.map.figure) < 100_000  # the plotting library is not part of it
+    assert len(state.figure) < 100_000  # the plotting library is not part of it
     assert explorer.map.library == explorer.curve.library
 
 
