@@ -5,11 +5,13 @@ import json
 import pytest
 from conftest import tiny_qwen3
 
-from oprd_nb import Representation, Teacher, distil, embedded
+from oprd_nb import OPRDConfig, Representation, Teacher, distil, embedded
+from oprd_nb.explore.rollouts import answers_of
+from oprd_nb.explore.scores import save_token_scores
 from oprd_nb.objectives import Term
 from oprd_nb.plots import write_report
 from oprd_nb.runs import RunPaths, read_run
-from oprd_nb.training.experiment import config_for, short_name, with_tokenizer
+from oprd_nb.training.experiment import config_for, distil_pair, short_name, with_tokenizer
 
 QUICK = {
     "max_steps": 2,
@@ -66,6 +68,20 @@ def test_the_report_shows_curve_and_teacher(run, tmp_path):
     assert kept == stored.metrics.set_index("step")["eval/avg@1"].dropna()[2]
     page = write_report([stored], tmp_path / "report.html").read_text("utf-8")
     assert "Teacher" in page and "</span>Nearer" in page
+
+
+def test_tokens_are_scored_at_each_evaluation(tmp_path):
+    pair = embedded("same")
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "eval_samples": 1}
+    args = OPRDConfig(str(tmp_path / "run"), max_completion_length=48, **QUICK, **steps)
+    problems = pair.task.validation.select(range(5))
+    options = {"eval_dataset": problems, "after_evaluation": save_token_scores, "held_out": 3}
+    distil_pair(pair, Representation(), args, {}, **options)
+    answers = answers_of(tmp_path / "run", ("before", "step-000001", "step-000002", "after"))
+    counts = {name: len(table.groupby(["problem", "sample"])) for name, table in answers.tokens.items()}
+    assert counts == {"before": 3, "step-000001": 5, "step-000002": 5, "after": 3}
+    first, last = (answers.tokens[name]["distance"].mean() for name in ("step-000001", "step-000002"))
+    assert last != first  # the weights of that step were asked
 
 
 def test_names_in_place_of_models(tmp_path, monkeypatch):

@@ -236,9 +236,11 @@ def test_a_full_disk_leaves_nothing_torn(command, run, capsys):
 def test_evaluations_after_the_checkpoint_are_removed(tmp_path, last, left):
     """All of an earlier run where a run starts afresh, also what it answered before its first step."""
     paths = RunPaths(tmp_path)
-    (tmp_path / "eval").mkdir()
-    for path in [paths.eval("after"), *(paths.eval_at(step) for step in (10, 20, 30))]:
-        path.touch()
+    for name in ("eval", "tokens"):
+        (tmp_path / name).mkdir()
+        for when in ("after", *(paths.eval_at(step).stem for step in (10, 20, 30))):
+            (tmp_path / name / f"{when}.parquet").touch()
     remove_evaluations(paths, last)
-    assert list(Evals(tmp_path / "eval").steps.values()) == left
-    assert paths.eval("after").exists()
+    for name in ("eval", "tokens"):
+        assert list(Evals(tmp_path / name).steps.values()) == left
+    assert paths.eval("after").exists() and paths.tokens("after").exists()

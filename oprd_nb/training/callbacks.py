@@ -158,6 +158,7 @@ def remove_evaluations(paths: RunPaths, last: int) -> None:
     for name, step in Evals(paths.folder / "eval").steps.items():
         if step > last or not last:
             paths.eval(name).unlink()
+            paths.tokens(name).unlink(missing_ok=True)
 
 # %% ../../nbs/23_training/04_callbacks.ipynb #6f5a6d37
 class RunFiles(StepClock):
