@@ -8,7 +8,8 @@ its best is on the edge, the choice is made on the validation split with seed 0,
 quote come from the test split with other seeds. The paper's bridge is swept at rank 8 only and in a
 third of the steps, and its rate serves every rank. A bridge is fitted anew in every run, from that
 run's seed. `a>b` trains with a for half of the steps and goes on from there with b, each at its own
-best learning rate; a bridge in second place is fitted to the student as it then is.
+best learning rate; a bridge in second place is fitted to the student as it then is. `a>head` trains with a,
+and then calibrates the LM head on 1,024 responses, which take the place of the last steps.
 
 Three tables: `<out>_sweep.csv` and `<out>_final.csv` (method, learning_rate, seed, before, accuracy,
 coverage, the bridge's own held-out scores), and `<out>_coverage.csv` (share of the student's tokens by
@@ -34,6 +35,8 @@ METHODS = {
         "bridge-8",
         "bridge-8>opd-full",
         "opd-full>bridge-8",
+        "bridge-8>head",
+        "bridge-32>head",
         "bridge-auto",
         "bridge-32",
         "bridge-4",
@@ -65,10 +68,38 @@ def beyond_edge(rows: pd.DataFrame) -> float | None:
 
 
 def swept(stage: str) -> str:
-    """The method whose sweep gives the learning rate of a stage."""
+    """The method whose sweep gives the learning rate of a stage. A head has none, and names the bridge's."""
+    if stage == "head":
+        return "bridge-8"
     if stage.startswith("bridge") and not stage.endswith("-ids"):
         return "bridge-8"
     return stage.replace("-boundaries", "").removesuffix("-directions")
+
+
+HEAD_RESPONSES = 1024
+
+
+def steps_of(stages: list[str], steps: int) -> list[int]:
+    """How many steps of 64 responses each stage has, so that all methods write equally many responses."""
+    if "head" in stages:
+        return [steps - HEAD_RESPONSES // 64, 0]
+    return [steps // len(stages)] * len(stages)
+
+
+def with_calibrated_head(pair, seed: int) -> dict:
+    """Calibrate the student's head on its own responses; returns {"after"} as a run does."""
+    from oprd_nb.evaluation.sampling import evaluate
+    from oprd_nb.objectives.heads import calibrate_head
+    from oprd_nb.rollouts.samplers import HFSampler
+    from oprd_nb.teachers import Teacher
+
+    sampler = HFSampler(pair.student, pair.tokenizer)
+    prompts = pair.task.train["prompt"][:HEAD_RESPONSES]
+    rollouts = sampler.sample(prompts, max_new_tokens=40, seed=seed)
+    teacher = Teacher(pair.teacher, pair.teacher_tokenizer)
+    print(calibrate_head(pair.student, teacher, rollouts, pair.tokenizer), flush=True)
+    problems = pair.task.test.select(range(500))
+    return {"after": evaluate(sampler, problems, n=4, seed=seed, max_new_tokens=40, progress=False)}
 
 
 def bridge_for(stage: str, pair, seed: int):
@@ -138,6 +169,9 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
     if method.endswith("-ids"):
         pair.teacher_tokenizer = pair.tokenizer
     for i, (stage, rate) in enumerate(zip(stages, rates, strict=True)):
+        if stage == "head":
+            results.append(with_calibrated_head(pair, seed))
+            continue
         bridge = bridge_for(stage, pair, seed)
         scores |= scores_of(bridge) if bridge is not None else {}
         term = bridge and bridge_term(
@@ -147,7 +181,7 @@ def one_run(pair_name: str, method: str, rates: list[float], seed: int, steps: i
         pair.student.requires_grad_(True)
         with TemporaryDirectory() as folder:
             config = embedded_config(
-                Path(folder), rate, steps // len(stages), seed + 1000 * i, eval_steps=steps
+                Path(folder), rate, steps_of(stages, steps)[i], seed + 1000 * i, eval_steps=steps
             )
             config.eval_strategy, config.eval_on_start, config.disable_tqdm = "no", False, True
             try:

@@ -126,14 +126,14 @@ export default { render };
 """
 """JavaScript of one panel: draws its `FigureState`, and sends clicks."""
 
-# %% ../../nbs/31_explore/01b_panel.ipynb #534dab07
+# %% ../../nbs/31_explore/01b_panel.ipynb #c0ffee01
 class FigureState(widgets.Widget):
     """What a panel shows: the figure as JSON, and how many it showed before."""
 
     figure = traitlets.Unicode().tag(sync=True)
     count = traitlets.Int(0).tag(sync=True)
 
-
+# %% ../../nbs/31_explore/01b_panel.ipynb #534dab07
 class FigurePanel(anywidget.AnyWidget):
     """A plotly figure as a widget: `fig` is what it shows, `state` the same for the page."""
 

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "representation": ["Representation"],
         "output_space": ["SampledTokenKL", "TopKKL", "FullKL", "CrossEntropy"],
         "reward": ["TaskReward"],
+        "heads": ["calibrate_head"],
         "followups": ["CrossFade", "Farthest", "Transitions", "Relational", "Weighted", "TopKTailKL"],
         "objective": [
             "TermLosses",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         TopKKL as TopKKL,
     )
     from .reward import TaskReward as TaskReward
+    from .heads import calibrate_head as calibrate_head
     from .followups import (
         CrossFade as CrossFade,
         Farthest as Farthest,

@@ -59,11 +59,11 @@ class HeldOutMixin(TrainerBase):
         names = (f"avg@{self.args.eval_samples}", "length/mean", "truncated")
         return {f"{prefix}_{name}": float(summary[name]) for name in names}
 
-# %% ../../nbs/23_training/07_trainer.ipynb #e7a10001
+# %% ../../nbs/23_training/07_trainer.ipynb #c0ffee02
 AfterEvaluation = Callable[[str, Evaluation, Dataset, Any], None]
 """Called with "before", "after" or "step-000020", the evaluation, its problems and the trainer."""
 
-
+# %% ../../nbs/23_training/07_trainer.ipynb #e7a10001
 class EvaluatedMixin(HeldOutMixin):
     """What is made of an evaluation: stored samples, and what both models say on them."""
 
