@@ -75,6 +75,7 @@ def test_the_best_rate_is_marked():
         ("readout-every", "Readout bridge, after every token"),
         ("readout-directions", "Readout bridge, directions only"),
         ("opd-full>bridge-auto", "OPD full KL, then OPRD-Bridge, r = auto"),
+        ("bridge-8>head", "OPRD-Bridge, r = 8, then a calibrated head"),
     ],
 )
 def test_names(name, label):
