@@ -27,6 +27,7 @@ ALWAYS = [
     "recurrent_gemma",
     "rwkv",
 ]
+READ_PADDING = ("rwkv", "xlstm")
 SOME = sorted({*ALWAYS, *random.Random(0).sample(FAMILIES, 3)})
 
 
@@ -37,7 +38,9 @@ def check(family: str) -> None:
     if row["load"].startswith("refused"):
         return
     assert row["load"] == row["states"] == row["gradients"] == row["identity"] == "works"
-    if family != "rwkv":
+    if family in READ_PADDING:
+        assert row["padding"].startswith("refused") and "reads padding as text" in row["steps"]
+    else:
         assert row["padding"] == row["steps"] == "works"
 
 
@@ -56,11 +59,6 @@ def test_the_stored_table_is_of_these_families():
     rows = json.loads(RESULTS.read_text())["rows"]
     assert [row["family"] for row in rows] == FAMILIES and len(rows) >= 60
     assert not [row for row in rows if any(said.startswith("wrong") for said in row.values())]
-
-
-def test_padding_that_is_read_as_text_is_refused():
-    row = check_family("rwkv")
-    assert row["padding"].startswith("refused") and "'rwkv' reads padding as text" in row["steps"]
 
 
 def test_a_batch_on_both_sides_of_a_long_rope_warns():
