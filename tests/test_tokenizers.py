@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import statistics
 import time
 import warnings
@@ -25,7 +26,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from oprd_nb.core import Rollouts
-from oprd_nb.models.loading import load_tokenizer
+from oprd_nb.models.loading import EMBEDDED, load_tokenizer
 from oprd_nb.models.pairs import embedded
 from oprd_nb.objectives.objective import check_vocabularies
 from oprd_nb.objectives.output_space import FullKL
@@ -803,3 +804,12 @@ def test_pairs_two_hundred_thousand_tokens_a_second(names):
     assert (
         pairs.coverage == 1.0 and 64_000 / whole > 100_000
     )  # half of the bar: other jobs share caches and clock
+
+
+@pytest.mark.parametrize("limit", ["", {"value": "text"}, True, 0, -5])
+def test_a_tokenizer_whose_limit_is_no_number_is_refused(tmp_path, limit):
+    folder = shutil.copytree(EMBEDDED / "student", tmp_path / "student")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": limit}))
+    with pytest.raises(ValueError, match="its model_max_length is .*; write a number above 0"):
+        load_tokenizer(folder)

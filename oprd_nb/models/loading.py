@@ -372,6 +372,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer={str(path)!r}: cannot be loaded ({first_line(error)}); "
             "give a folder with a tokenizer or a reachable hub id"
         ) from None
+    limit = tokenizer.model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        raise ValueError(
+            f"tokenizer={str(path)!r}: its model_max_length is {limit!r}; write a number above 0 into its "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
