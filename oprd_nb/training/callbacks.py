@@ -152,7 +152,7 @@ def remove_checkpoints(folder: Path) -> None:
     for path in old:
         shutil.rmtree(path, ignore_errors=True)
 
-
+# %% ../../nbs/23_training/04_callbacks.ipynb #c0ffee06
 def remove_evaluations(paths: RunPaths, last: int) -> None:
     """Remove what was answered in the course of training after step `last`; all of it where `last` is 0."""
     for name, step in Evals(paths.folder / "eval").steps.items():
