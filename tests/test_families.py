@@ -39,7 +39,7 @@ def check(family: str) -> None:
         return
     assert row["load"] == row["states"] == row["gradients"] == row["identity"] == "works"
     if family in READ_PADDING:
-        assert row["padding"].startswith("refused") and "reads padding as text" in row["steps"]
+        assert row["padding"].startswith("refused") and f"{family!r} reads padding as text" in row["steps"]
     else:
         assert row["padding"] == row["steps"] == "works"
 

@@ -138,9 +138,10 @@ def test_adapters_elsewhere_are_no_obstacle(read):
 
 def test_what_cannot_be_calibrated_is_refused(read):
     pair, rollouts = read
-    capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.5))
-    with pytest.raises(ValueError, match="scales or caps its logits"):
-        linear_head(capped)
+    for cap in (0.5, 30.0):
+        capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=cap))
+        with pytest.raises(ValueError, match="scales or caps its logits"):
+            linear_head(capped)
     adapted = get_peft_model(tiny_qwen3(), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="merge adapters"):
         linear_head(adapted)

@@ -9,14 +9,13 @@ __all__ = ['linear_head', 'set_head', 'FinalStates', 'final_states', 'logits_of'
 # %% ../../nbs/20_objectives/08_heads.ipynb #d25ea171
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..capture import lm_head_of
+from ..capture import base_of, lm_head_of
 from ..core import Positions, Rollouts
 from .objective import check_models
 from .output_space import FullKL, kl, log_probs
@@ -30,14 +29,13 @@ def linear_head(model: nn.Module) -> nn.Linear:
 
     ValueError where it is not a plain linear map.
     """
-    base: Any = model
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    base = base_of(model)
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear:
         kind = type(head).__name__
         raise ValueError(f"student: its head is a {kind}; merge adapters, or load it unquantised")
-    some = torch.randn(2, head.in_features, device=head.weight.device, dtype=head.weight.dtype)
+    # Large states: a cap, which leaves small logits as they are, shows.
+    some = 1e3 * torch.ones_like(head.weight[:1])
     with torch.no_grad():
         if not torch.allclose(lm_head_of(model)(some), head(some).float(), rtol=1e-3, atol=1e-3):
             raise ValueError(
@@ -49,9 +47,7 @@ def linear_head(model: nn.Module) -> nn.Linear:
 # %% ../../nbs/20_objectives/08_heads.ipynb #a1b2c3d2
 def set_head(model: nn.Module, weight: Float[Tensor, "vocabulary d"]) -> None:
     """Give a model the weights of its head. Input embeddings that shared the old ones keep those."""
-    base: Any = model
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    base = base_of(model)
     head = linear_head(model)
     new = nn.Linear(head.in_features, head.out_features, head.bias is not None, head.weight.device)
     new.to(head.weight.dtype).requires_grad_(head.weight.requires_grad)

@@ -22,7 +22,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..capture import FINAL, capture_each, lm_head_of
+from ..capture import FINAL, base_of, capture_each, lm_head_of
 from ..core import Positions, Rollouts
 from ..models.checks import check_padding
 from .batches import run_in_batches, uniforms
@@ -108,7 +108,7 @@ def plain_layer(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def refresh(copied: nn.Module, model: nn.Module) -> None:
     """Take over the present weights of the model that was copied, with its adapters added to them."""
-    source = model.get_base_model() if isinstance(model, PeftModel) else model
+    source = base_of(model)
     for name, own in copied.named_modules():
         parameters = dict(own.named_parameters(recurse=False))
         if parameters:

@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..capture import base_of
 from ..core import Rollouts
 from ..models.loading import end_tokens, is_adapter_folder, load_model, load_tokenizer, locate_model
 from ..models.memory import head_dim_of
@@ -45,7 +46,7 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
     ValueError for quantised weights and for layers that were copied to be trained.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if getattr(base, "is_quantized", False):
         raise ValueError(
             "model: its weights are quantised; give VLLMSampler the folder of the unquantised base, "
@@ -66,7 +67,7 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #1013fc67
 def stored_form(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`plain_weights` of a model under the names and in the shapes that `save_pretrained` writes."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     return cast(dict[str, Tensor], revert_weight_conversion(cast(PreTrainedModel, base), weights))
 
 # %% ../../nbs/06_rollouts/03_vllm.ipynb #00000008

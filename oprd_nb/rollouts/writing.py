@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -37,6 +36,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..capture import base_of
 from ..models.loading import end_tokens, input_device
 from .batches import OwnStreams
 from .prompts import PromptFormat
@@ -46,7 +46,7 @@ from .settings import SamplingSettings
 @contextmanager
 def gapless_head_inputs(model: nn.Module) -> Iterator[None]:
     """For the block: what the model's LM head reads lies in memory without gaps."""
-    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = base_of(model)
     head = base.get_output_embeddings()
     if head is None:
         yield
@@ -66,7 +66,7 @@ def generation_settings(model: nn.Module, config: GenerationConfig) -> Iterator[
 
     Yields the model that `generate` is called on. Mode and settings are put back at the end.
     """
-    base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = base_of(model)
     was_training = model.training
     stored_config = base.generation_config
     model.eval()
