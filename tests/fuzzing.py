@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import pandas as pd
 from oprd_nb.cli import main
 
 PATIENCE = 15
-"""Seconds after which a command hangs."""
+"""Seconds of processor time after which a command hangs."""
+
+ASLEEP = 60
+"""Seconds by the clock after which it hangs without computing: other tests may hold the processors."""
 
 LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -146,7 +150,23 @@ def check_none(wrong: list[tuple]) -> None:
 
 
 def too_late(*_: object) -> None:
-    raise TimeoutError(f"no answer in {PATIENCE} s")
+    raise TimeoutError(f"no answer in {PATIENCE} s of processor time, or {ASLEEP} s by the clock")
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Raise TimeoutError in what hangs inside."""
+    clocks = {signal.ITIMER_PROF: (signal.SIGPROF, PATIENCE), signal.ITIMER_REAL: (signal.SIGALRM, ASLEEP)}
+    earlier = {name: signal.signal(name, too_late) for name, _ in clocks.values()}
+    for clock, (_, seconds) in clocks.items():
+        signal.setitimer(clock, seconds)
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            signal.setitimer(clock, 0)
+        for name, handler in earlier.items():
+            signal.signal(name, handler)
 
 
 def flaw(argv: list[str], capsys, named: str = "", refused: bool | None = True) -> str | None:
@@ -154,13 +174,8 @@ def flaw(argv: list[str], capsys, named: str = "", refused: bool | None = True) 
 
     named: a part of the line. refused: None where the command may also accept the input.
     """
-    earlier = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(PATIENCE)
-    try:
+    with patience():
         code = main(argv)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
     error = capsys.readouterr().err
     # A progress bar may stand in front of it, on the same line.
     lines = re.findall(rf"oprd {argv[0]}: .*", error)
@@ -182,17 +197,13 @@ def flaw(argv: list[str], capsys, named: str = "", refused: bool | None = True) 
 
 def reader_flaw(read: Callable[[], object], named: str, refused: bool | None = True) -> str | None:
     """What is wrong with how a function reads a damaged file; None for one line with `named`."""
-    earlier = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(PATIENCE)
     try:
-        read()
+        with patience():
+            read()
     except ValueError as error:
         if isinstance(error, UnicodeError) or "\n" in str(error) or named not in str(error):
             return f"{type(error).__name__}: {str(error)[:300]}"
         return None
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, earlier)
     return "accepted" if refused else None

@@ -139,6 +139,7 @@ def test_a_bridge_whose_maps_match_no_position(stored, tmp_path, monkeypatch, ca
     wrong = []
     train = ["train", "embedded/student", "embedded/teacher_wide", "arithmetic", "--output_dir"]
     settings = ["--method", "bridge", "--max_steps", "12", "--max_completion_length", "8", "--use_cpu"]
+    settings += ["--gradient_accumulation_steps", "1"]
     for number, (name, change) in enumerate(changes.items()):
         path = tmp_path / "bridge.safetensors"
         path.write_bytes(save(tensors, metadata | {"header": json.dumps(header | change)}))

@@ -13,6 +13,7 @@ from check_sync import ROOT
 from oprd_nb.bench.gpu import PARTS, load_gpu_check, outcomes
 
 
+@pytest.mark.slow
 def test_the_dry_run_holds(tmp_path):
     command = [sys.executable, "tools/gpu_check.py", "--dry_run", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -75,6 +75,18 @@ def test_readme_s_links_lead_somewhere():
     assert not [target for target in targets if "://" not in target and not (ROOT / target).exists()]
 
 
+def place_of(heading: str) -> str:
+    """The address that GitHub and the site give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", [INDEX, *sorted(ROOT.glob("*.md"))], ids=lambda path: path.name)
+def test_links_within_a_page_lead_to_a_heading(path):
+    text = prose(path) if path == INDEX else path.read_text()
+    there = {place_of(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)\s]+)\)", text)) <= there
+
+
 def results_of(path):
     """The runs of a stored table that are measured on test problems, by method."""
     runs = pd.read_csv(ROOT / "nbs" / "results" / path)

@@ -279,7 +279,7 @@ def sample_rows(
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #ded75c77
 def problems_mark(problems: Dataset) -> int:
     """A checksum of the prompts and answers of a set, in their order."""
-    return zlib.crc32(json.dumps([list(problems["prompt"]), list(problems["answer"])]).encode())
+    return zlib.crc32(json.dumps([problems["prompt"][:], problems["answer"][:]]).encode())
 
 # %% ../../nbs/21_evaluation/02_sampling.ipynb #a83446bc
 def asked_mark(

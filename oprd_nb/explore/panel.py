@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARY_SCRIPT', 'PANEL_SCRIPT', 'HINT', 'PlottingLibrary', 'compressed_library', 'shared_library', 'FigureState',
-           'FigurePanel', 'WithHint']
+           'PanelEvents', 'FigurePanel', 'WithHint']
 
 # %% ../../nbs/31_explore/01b_panel.ipynb #8fc8053e
 import gzip
@@ -133,8 +133,35 @@ class FigureState(widgets.Widget):
     figure = traitlets.Unicode().tag(sync=True)
     count = traitlets.Int(0).tag(sync=True)
 
+# %% ../../nbs/31_explore/01b_panel.ipynb #5e7a0e01
+class PanelEvents(anywidget.AnyWidget):
+    """What a page says of a panel: a point was clicked, a view has appeared."""
+
+    def __init__(self, **state: str):
+        super().__init__(**state)
+        self._clicked: list[Callable[[dict], None]] = []
+        self._seen: list[Callable[[], None]] = []
+        self.on_msg(self._receive)
+
+    def on_click(self, call: Callable[[dict], None]) -> None:
+        """Call with x, y and the trace's number after each click on a point."""
+        self._clicked.append(call)
+
+    def on_seen(self, call: Callable[[], None]) -> None:
+        """Call when a view of this panel appears: what was sent before may be lost, and can be sent again."""
+        self._seen.append(call)
+
+    def _receive(self, widget: object, content: dict, buffers: list) -> None:
+        """A message of the page."""
+        if content.get("kind") == "click":
+            for call in self._clicked:
+                call(content)
+        if content.get("kind") == "ready":
+            for call in self._seen:
+                call()
+
 # %% ../../nbs/31_explore/01b_panel.ipynb #534dab07
-class FigurePanel(anywidget.AnyWidget):
+class FigurePanel(PanelEvents):
     """A plotly figure as a widget: `fig` is what it shows, `state` the same for the page."""
 
     _esm = LIBRARY_SCRIPT + PANEL_SCRIPT
@@ -147,9 +174,6 @@ class FigurePanel(anywidget.AnyWidget):
         self.fig = fig
         self.state = FigureState(figure=fig.to_json())
         super().__init__(library=shared.model_id, version=str(len(shared.source)), shown=self.state.model_id)
-        self._clicked: list[Callable[[dict], None]] = []
-        self._seen: list[Callable[[], None]] = []
-        self.on_msg(self._receive)
 
     @property
     def data(self) -> tuple:
@@ -173,14 +197,6 @@ class FigurePanel(anywidget.AnyWidget):
             self.state.figure = fig.to_json()
             self.state.count += 1
 
-    def on_click(self, call: Callable[[dict], None]) -> None:
-        """Call with x, y and the trace's number after each click on a point."""
-        self._clicked.append(call)
-
-    def on_seen(self, call: Callable[[], None]) -> None:
-        """Call when a view of this panel appears: what was sent before may be lost, and can be sent again."""
-        self._seen.append(call)
-
     def close(self) -> None:
         """End the panel, and its state with it."""
         self.state.close()
@@ -188,16 +204,11 @@ class FigurePanel(anywidget.AnyWidget):
 
     def _receive(self, widget: object, content: dict, buffers: list) -> None:
         """A message of the page."""
-        if content.get("kind") == "click":
-            for call in self._clicked:
-                call(content)
+        super()._receive(widget, content, buffers)
         if content.get("kind") == "library":
             shared_library().send_state()
         if content.get("kind") == "shows" and content.get("count") != self.state.count:
             self.state.send_state()
-        if content.get("kind") == "ready":
-            for call in self._seen:
-                call()
 
 # %% ../../nbs/31_explore/01b_panel.ipynb #58c71a58
 HINT = (

@@ -7,7 +7,9 @@ __all__ = ['parameters_of', 'activation_bytes', 'checkpoint_activations', 'activ
            'head_dim_of', 'memory_of']
 
 # %% ../../nbs/05_models/03_memory.ipynb #00000002
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -64,8 +66,17 @@ def activation_bytes_meta(
 ) -> int:
     """`activation_bytes` of the model that `config` describes, cut to `layers` layers, on fake tensors."""
     shallow = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    text = shallow.to_json_string(use_diff=False)
+    return _activation_bytes_once(type(config), text, tokens, checkpointing, dtype)
+
+
+@lru_cache(maxsize=64)
+def _activation_bytes_once(
+    kind: type[PretrainedConfig], text: str, tokens: int, checkpointing: bool, dtype: torch.dtype
+) -> int:
+    """The same from a configuration as text: a start asks for one model several times."""
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(shallow, dtype=dtype).train()
+        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(text)), dtype=dtype).train()
         if checkpointing:
             checkpoint_activations(model)
         return activation_bytes(model, tokens)

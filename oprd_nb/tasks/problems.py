@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/03_tasks/01_problems.ipynb #00000006
@@ -97,6 +98,23 @@ def sample_problems(n: int, split: str = "train", seed: int = 0, operands: int =
     return found
 
 # %% ../../nbs/03_tasks/01_problems.ipynb #0000000e
+@lru_cache(maxsize=16)
+def _rows(n: int, split: str, seed: int, operands: int) -> "Dataset":
+    """`n` problems of a split with answers and solutions; the same request again costs nothing."""
+    from datasets import Dataset
+
+    if n < 1:
+        raise ValueError(f"{split}={n}: must be at least 1")
+    problems = sample_problems(n, split, seed, operands)
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": p}] for p in problems],
+            "answer": [str(sum(map(int, p.split("+")))) for p in problems],
+            "solution": [solve(p) for p in problems],
+        }
+    )
+
+
 def arithmetic(
     operands: int = 3, train: int = 20000, test: int = 500, validation: int = 500, seed: int = 0
 ) -> Task:
@@ -105,25 +123,11 @@ def arithmetic(
     train, test, validation: numbers of problems. Splits are disjoint for all seeds.
     ValueError where a count is below 1 or more than there are problems.
     """
-    from datasets import Dataset
-
-    def rows(split: str, n: int) -> Dataset:
-        if n < 1:
-            raise ValueError(f"{split}={n}: must be at least 1")
-        problems = sample_problems(n, split, seed, operands)
-        return Dataset.from_dict(
-            {
-                "prompt": [[{"role": "user", "content": p}] for p in problems],
-                "answer": [str(sum(map(int, p.split("+")))) for p in problems],
-                "solution": [solve(p) for p in problems],
-            }
-        )
-
     return Task(
         "arithmetic",
-        rows("train", train),
-        rows("test", test),
-        rows("validation", validation),
+        _rows(train, "train", seed, operands),
+        _rows(test, "test", seed, operands),
+        _rows(validation, "validation", seed, operands),
         max_new_tokens=16 * operands,
     )
 

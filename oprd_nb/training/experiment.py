@@ -222,8 +222,7 @@ def distil_pair(
     settings: written to `config.yaml`, next to the trainer's. about: facts for `about.json`.
     held_out: how many of the test problems; samples: responses to each.
     teacher: by default `pair.teacher` as it is; trainer_options: whatever else `OPRDTrainer` takes.
-    after_evaluation: called after each evaluation, also those in the course of training; in runs of one
-        process.
+    after_evaluation: called after each evaluation, also while it trains; in runs of one process.
     measure_teacher: let the teacher answer the same problems too, into `eval/teacher.parquet`.
     """
     if pair.task.train is None:
@@ -240,7 +239,6 @@ def distil_pair(
         **trainer_options,
     )
     trainer.after_evaluation = after_evaluation
-    folder = args.folder
     is_main = trainer.is_world_process_zero()
     if is_main:
         prepare_folder(trainer)
@@ -260,7 +258,7 @@ def distil_pair(
         if teacher_result is not None:
             measured["teacher"] = teacher_result
     if is_main:
-        write_summary(folder, measured, trainer.run_folder.seconds, trainer.state.global_step)
+        write_summary(args.folder, measured, trainer.run_folder.seconds, trainer.state.global_step)
     return results
 
 # %% ../../nbs/23_training/08_experiment.ipynb #5f759f11

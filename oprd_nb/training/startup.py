@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Finding', 'StartWarning', 'turn_end', 'check_ends', 'template_of', 'check_template', 'check_dropout',
-           'check_vocabularies_at_start', 'context_of', 'limits_of', 'check_context', 'without_long_prompts',
-           'check_sides', 'check_memory', 'check_heads', 'check_card', 'check_sampler', 'check_teacher',
-           'findings_at_start', 'warn_at_start', 'findings_of_check', 'with_answers']
+           'check_vocabularies_at_start', 'context_of', 'limits_of', 'check_context', 'perhaps_long',
+           'without_long_prompts', 'check_sides', 'check_memory', 'check_heads', 'check_card', 'check_sampler',
+           'check_teacher', 'findings_at_start', 'warn_at_start', 'findings_of_check', 'with_answers']
 
 # %% ../../nbs/23_training/05c_startup.ipynb #9ad3f357
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -192,6 +193,21 @@ def check_context(
         fine=False,
     )
 
+# %% ../../nbs/23_training/05c_startup.ipynb #c0de1e0a
+def perhaps_long(
+    prompts: Sequence,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat | None = None,
+) -> list[int]:
+    """Indices of the prompts that could have `limit` tokens or more, by their bytes; few are encoded."""
+    sizes = np.array([len(str(prompt).encode()) for prompt in prompts])
+    few = np.unique(np.linspace(0, len(sizes) - 1, 32).round().astype(int))
+    encoded = encode_prompts(tokenizer, [prompts[i] for i in few], prompt_format)
+    # A token has at least one byte. A template adds to each prompt what it adds to these, or twice as much.
+    added = max(len(ids) - size for ids, size in zip(encoded, sizes[few], strict=True))
+    return np.flatnonzero(sizes + max(64, 2 * added) >= limit).tolist()
+
 # %% ../../nbs/23_training/05c_startup.ipynb #c0de1e02
 def without_long_prompts(
     dataset: Dataset,
@@ -208,9 +224,8 @@ def without_long_prompts(
     limit = min(limits_of(student, teacher), default=None)
     if limit is None:
         return dataset
-    prompts = list(dataset["prompt"])
-    # A token has at least one byte; what a template adds fits into a thousand of them.
-    suspects = [i for i, prompt in enumerate(prompts) if len(str(prompt).encode()) + 1000 > limit]
+    prompts = dataset["prompt"][:]
+    suspects = perhaps_long(prompts, limit, tokenizer, prompt_format)
     encoded = encode_prompts(tokenizer, [prompts[i] for i in suspects], prompt_format) if suspects else []
     long = {i for i, ids in zip(suspects, encoded, strict=True) if len(ids) >= limit}
     if not long:
