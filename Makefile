@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
-# What is imported is compiled then: compiling every file of every library takes minutes.
+# What is imported is compiled then, and kept: compiling every file of every library takes minutes.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := python -m pip install -q --no-compile -c constraints.txt
 BIN := $(if $(VENV),$(VENV)/bin/,)
 export OMP_NUM_THREADS := 1

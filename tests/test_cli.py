@@ -468,24 +468,8 @@ def test_a_run_is_resumed_exported_and_evaluated(tmp_path, capsys):
 
 
 def test_bench_prints_and_stores(tmp_path, capsys):
-    assert (
-        main(
-            [
-                "bench",
-                "loss-path",
-                "--tiny",
-                "true",
-                "--rounds",
-                "1",
-                "--methods",
-                "backbones-only",
-                "--out",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
-    assert "time_ratio" in capsys.readouterr().out and (tmp_path / "loss-path.json").exists()
+    assert main(["bench", "bridge", "--tiny", "true", "--out", str(tmp_path)]) == 0
+    assert "share" in capsys.readouterr().out and (tmp_path / "bridge.json").exists()
     assert main(["bench", "magic"]) == 2
 
 
